@@ -1,0 +1,1 @@
+"""The `curate` command: parse, call, print. No logic."""

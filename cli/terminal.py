@@ -1,0 +1,107 @@
+"""What a person sees: progress on a terminal, plain lines when piped, one sentence for an error."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from curation.errors import UserError
+
+console = Console(stderr=True, highlight=False)
+
+
+def handle_errors(call: Callable[[], Any]) -> Any:
+    """Run a command; a UserError becomes one sentence and its exit code, Ctrl-C exit code 130."""
+    try:
+        return call()
+    except UserError as error:
+        console.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        console.print("stopped; run the same command again to go on: finished parts are kept")
+        raise typer.Exit(130) from None
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def print_result(document: dict[str, Any], lines: list[str], as_json: bool) -> None:
+    """The end of a command: JSON for machines on stdout, or lines for people."""
+    if as_json:
+        sys.stdout.write(json.dumps(document, default=str) + "\n")
+    else:
+        for line in lines:
+            typer.echo(line)
+
+
+class ProgressDisplay:
+    """Listens to events. On a terminal a bar per stage; piped, a line when a stage starts, moves on and ends."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.live = console.is_terminal and not quiet and os.environ.get("TERM") != "dumb"
+        self.progress: Progress | None = None
+        self.tasks: dict[str, Any] = {}
+        self.said: dict[str, int] = {}
+
+    def __enter__(self) -> "ProgressDisplay":
+        if self.live:
+            self.progress = Progress(
+                TextColumn("[bold]{task.description:<24}"),
+                BarColumn(bar_width=32),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if self.quiet:
+            return
+        kind, stage = event["event"], event.get("stage") or ""
+        if kind in ("message", "warning"):
+            prefix = "[yellow]warning:[/] " if kind == "warning" else ""
+            console.print(prefix + (f"{stage}: " if stage else "") + _plain(str(event["text"])), soft_wrap=True)
+        elif self.progress is not None:
+            self._bar(kind, stage, event)
+        else:
+            self._line(kind, stage, event)
+
+    def _bar(self, kind: str, stage: str, event: dict[str, Any]) -> None:
+        assert self.progress is not None
+        if stage not in self.tasks:
+            self.tasks[stage] = self.progress.add_task(stage, total=None, note="")
+        task = self.tasks[stage]
+        if kind in ("parts", "part"):
+            self.progress.update(task, total=event["total"], completed=event["done"], note=event.get("note", ""))
+        elif kind == "stage_skip":
+            self.progress.update(task, total=1, completed=1, note="already done")
+        elif kind == "stage_end":
+            finished = self.progress.tasks[self.progress.task_ids.index(task)]
+            self.progress.update(task, total=finished.total or 1, completed=finished.total or 1, note=f"{event['rows']:,} rows")
+
+    def _line(self, kind: str, stage: str, event: dict[str, Any]) -> None:
+        if kind == "stage_start":
+            console.print(f"{stage}: {'goes on' if event.get('resumed') else 'starts'}")
+        elif kind == "stage_skip":
+            console.print(f"{stage}: already done")
+        elif kind == "stage_end":
+            console.print(f"{stage}: {event['rows']:,} rows in {event['seconds']:.1f} s")
+        elif kind == "part" and event["total"]:
+            tenth = 10 * event["done"] // event["total"]
+            if tenth > self.said.get(stage, 0) and event["done"] < event["total"]:
+                self.said[stage] = tenth
+                console.print(f"{stage}: {event['done']} of {event['total']} parts")

@@ -1,0 +1,1 @@
+"""What is computed on rows and vectors: duplicates, clusters, retrieval, balance, manifests, audit."""

@@ -1,0 +1,118 @@
+"""Files that appear whole or not at all, on a local disk or any fsspec URL."""
+
+import errno
+import hashlib
+import io
+import os
+import uuid
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation.errors import UserError
+
+
+def filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec filesystem of a path or URL, and the path inside it."""
+    fs, inner = fsspec.core.url_to_fs(path)
+    return fs, str(inner)
+
+
+def is_local(path: str) -> bool:
+    """Whether a path or URL is on the local disk."""
+    return "://" not in path or path.startswith("file://")
+
+
+def join(base: str, *names: str) -> str:
+    """Join path segments under a path or URL."""
+    return "/".join([base.rstrip("/"), *[n.strip("/") for n in names]])
+
+
+def exists(path: str) -> bool:
+    """Whether a file or folder is there."""
+    fs, inner = filesystem(path)
+    return bool(fs.exists(inner))
+
+
+def list_files(folder: str, suffix: str) -> list[str]:
+    """Whole paths of the files directly in `folder` that end in `suffix`, in name order; [] without the folder."""
+    fs, inner = filesystem(folder)
+    fs.invalidate_cache()
+    try:
+        names = fs.ls(inner, detail=False)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = sorted(n.rsplit("/", 1)[-1] for n in names if n.endswith(suffix))
+    return [join(folder, name) for name in found if not name.startswith(".")]
+
+
+def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
+    """One range of a file."""
+    fs, inner = filesystem(path)
+    end = None if length is None else offset + length
+    return bytes(fs.cat_file(inner, start=offset, end=end))
+
+
+def write_whole(path: str, data: bytes) -> None:
+    """Write a file that readers see whole or not at all: aside, then renamed; put whole on object stores.
+
+    Raises UserError (exit code 1) for a full disk or a folder that cannot be written.
+    """
+    fs, inner = filesystem(path)
+    try:
+        if not is_local(path):
+            fs.pipe_file(inner, data)
+            return
+        os.makedirs(os.path.dirname(inner) or ".", exist_ok=True)
+        aside = f"{os.path.dirname(inner)}/.{os.path.basename(inner)}.{uuid.uuid4().hex}.tmp"
+        try:
+            with open(aside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, inner)
+        except BaseException:
+            if os.path.exists(aside):
+                os.unlink(aside)
+            raise
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: str, error: OSError) -> UserError:
+    """The sentence for a failed write."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{path}: no space left on the disk; free some and run the same command again", exit_code=1)
+    reason = error.strerror or str(error)
+    return UserError(f"{path}: cannot be written ({reason}); choose another folder or its rights", exit_code=1)
+
+
+def sha256(data: bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def table_bytes(table: pa.Table, metadata: dict[str, str] | None = None) -> bytes:
+    """A table as the bytes of a Parquet file; equal tables give equal bytes.
+
+    Columns of vectors (fixed-size lists of floats) are written plain and uncompressed: they do not
+    compress, and the default settings write them forty times slower.
+    """
+    if metadata:
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata})
+    vectors = {f.name for f in table.schema if pa.types.is_fixed_size_list(f.type)}
+    others = [f.name for f in table.schema if f.name not in vectors]
+    sink = io.BytesIO()
+    pq.write_table(
+        table,
+        sink,
+        compression={f"{f.name}.list.element" if f.name in vectors else f.name: "NONE" for f in table.schema}
+        if vectors
+        else "zstd",
+        use_dictionary=[] if vectors else others,  # type: ignore[arg-type]
+        write_statistics=[n for n in others if not pa.types.is_nested(table.schema.field(n).type)],  # type: ignore[arg-type]
+        row_group_size=1 << 16,
+    )
+    return sink.getvalue()

@@ -1,0 +1,1 @@
+"""How work is spread: stages, the run directory, resume, Ray. The only package that imports ray."""

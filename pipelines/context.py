@@ -1,0 +1,331 @@
+"""What a stage is given: the run, the seed, the resources; and how its parts are spread over Ray.
+
+A stage's `execute(context, config)` opens its generation with `begin_rows` (each input generation is
+processed once, results add up) or `begin_snapshot` (the newest generation replaces the older ones), makes
+its parts with `map_parts`, and ends with `finish`. Equal and complete: skipped; incomplete: the missing parts
+are done; different: refused with the difference, unless told to rebuild.
+"""
+
+import json
+import platform
+import socket
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from curation import storage
+from curation.errors import UserError
+from pipelines import cluster
+from pipelines.events import Events
+from pipelines.run_directory import Fingerprint, Generation, PartRecord, PartWriter, RunDirectory, StageDirectory
+
+
+class StageConfig(BaseModel):
+    """Base of every stage's options: unknown keys are refused, `affects_output` false leaves the fingerprint."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    def fingerprint_options(self) -> dict[str, Any]:
+        """The options that can change output."""
+        return {
+            name: value
+            for name, value in self.model_dump(mode="json").items()
+            if (type(self).model_fields[name].json_schema_extra or {}).get("affects_output", True)  # type: ignore[union-attr]
+        }
+
+
+class Resources(StageConfig):
+    """Where the work runs and what it may use; never part of a fingerprint."""
+
+    ray_address: str | None = Field(None, description="Ray cluster to use (`auto`, `ray://host:10001`); default: local")
+    workers: int | None = Field(None, ge=1, description="CPU cores to use locally; default: all of them")
+    memory_per_worker: str = Field("4GiB", description="memory one task may use, e.g. 4GiB")
+
+
+@dataclass
+class Outcome:
+    """What a stage did, for the summary and `--json`."""
+
+    stage: str
+    skipped: bool
+    rows: int
+    summary: dict[str, Any]
+    out: str
+
+
+PartFunction = Callable[[PartWriter, str, Any, Any], PartRecord]
+"""(writer, part name, the part's task, what all parts share) -> record. Runs in a Ray worker."""
+
+
+@dataclass
+class Context:
+    """The surroundings of a stage. `out` is set when a command works on plain Parquet without a run."""
+
+    run: RunDirectory
+    seed: int = 0
+    resources: Resources = field(default_factory=Resources)
+    events: Events = field(default_factory=lambda: Events(None))
+    rebuild: bool = False
+    out: str | None = None
+    _started: dict[str, float] = field(default_factory=dict)
+
+    def stage(self, name: str) -> StageDirectory:
+        """Where a stage's output lies: in the run, or directly in `out`."""
+        if self.out is not None:
+            return StageDirectory(self.out, name, flat=True)
+        return self.run.stage(name)
+
+    def begin_rows(
+        self,
+        name: str,
+        revision: int,
+        options: Mapping[str, Any],
+        inputs: Sequence[str],
+        libraries: Sequence[str] = (),
+        extra_inputs: Mapping[str, Any] | None = None,
+    ) -> Generation | None:
+        """Open the generation that takes the input generations not yet processed; None: nothing to do.
+
+        inputs: names of stages. extra_inputs: digests of further inputs (all of them in every generation).
+        """
+        available = {i: self._complete(i, name) for i in inputs}
+        directory = self.stage(name)
+        known = self._known(directory)
+        done: dict[str, set[int]] = {i: set() for i in inputs}
+        current: Generation | None = None
+        for generation in known:
+            consumed = {
+                i: [g for g in available[i] if g.number in generation.consumed.get(i, [])] for i in inputs
+            }
+            wanted = self._fingerprint(name, revision, options, consumed, libraries, extra_inputs)
+            self._refuse_difference(directory, generation, wanted)
+            for i in inputs:
+                done[i] |= set(generation.consumed.get(i, []))
+            if not generation.complete:
+                current = generation
+        if current is not None:
+            return self._open(directory, current)
+        fresh = {i: [g for g in available[i] if g.number not in done[i]] for i in inputs}
+        if known and not any(fresh.values()):
+            return self._skip(directory, known[-1])
+        return self._create(directory, len(known), name, revision, options, fresh, libraries, extra_inputs)
+
+    def begin_snapshot(
+        self,
+        name: str,
+        revision: int,
+        options: Mapping[str, Any],
+        inputs: Sequence[str],
+        libraries: Sequence[str] = (),
+        extra_inputs: Mapping[str, Any] | None = None,
+    ) -> Generation | None:
+        """Open the generation made from all complete input generations; None: it is there already."""
+        available = {i: self._complete(i, name) for i in inputs}
+        directory = self.stage(name)
+        known = self._known(directory)
+        for generation in known:
+            consumed = {i: [g for g in available[i] if g.number in generation.consumed.get(i, [])] for i in inputs}
+            extra = extra_inputs if generation is known[-1] else None
+            wanted = self._fingerprint(name, revision, options, consumed, libraries, extra)
+            if generation is known[-1]:
+                self._refuse_difference(directory, generation, wanted)
+        if known and not known[-1].complete:
+            return self._open(directory, known[-1])
+        everything = {i: [g.number for g in available[i]] for i in inputs}
+        if known and known[-1].consumed == everything:
+            return self._skip(directory, known[-1])
+        return self._create(directory, len(known), name, revision, options, available, libraries, extra_inputs)
+
+    def begin_keyed(
+        self,
+        name: str,
+        revision: int,
+        options: Mapping[str, Any],
+        key: Mapping[str, Any],
+        libraries: Sequence[str] = (),
+    ) -> Generation | None:
+        """Open the generation whose inputs are `key` (a source's number and digest); None: it is complete.
+
+        Stages that bring images in have one generation per source, and one per retry.
+        """
+        directory = self.stage(name)
+        known = self._known(directory)
+        wanted = Fingerprint(name, revision, {**options, "seed": self.seed}, dict(key), backend(libraries))
+        for generation in known:
+            if generation.fingerprint.inputs.get("source") == key.get("source") and generation.fingerprint.inputs.get(
+                "retry"
+            ) == key.get("retry"):
+                self._refuse_difference(directory, generation, wanted)
+                return self._skip(directory, generation) if generation.complete else self._open(directory, generation)
+        generation = Generation(
+            number=len(known),
+            directory=directory.generation_directory(len(known)),
+            fingerprint=wanted,
+            consumed={},
+        )
+        directory.save(generation)
+        self.events.emit("stage_start", name, generation=generation.number, resumed=False)
+        return generation
+
+    def map_parts(
+        self,
+        generation: Generation,
+        tasks: Sequence[tuple[str, Any]],
+        function: PartFunction,
+        *,
+        shared: Any = None,
+        num_cpus: float = 1,
+        memory_bytes: int | None = None,
+    ) -> None:
+        """Make the parts that are not there yet: function(writer, name, task, shared) in Ray tasks.
+
+        tasks: (part name, anything picklable and small), names unique and sorted in the order of rows.
+        shared: put into Ray's object store once. A worker that dies is tried again; a UserError stops the stage.
+        """
+        writer = generation.writer
+        records: dict[str, PartRecord] = {}
+        missing: list[tuple[str, Any]] = []
+        for part_name, task in tasks:
+            found = writer.find(part_name)
+            if found is None:
+                missing.append((part_name, task))
+            else:
+                records[part_name] = found
+        stage = generation.fingerprint.stage
+        self.events.emit("parts", stage, total=len(tasks), done=len(records))
+        if missing:
+            calls = ((part_name, (writer, part_name, task)) for part_name, task in missing)
+            for part_name, record in self.spread(
+                function, calls, shared=shared, num_cpus=num_cpus, memory_bytes=memory_bytes
+            ):
+                records[part_name] = record
+                self.events.emit("part", stage, part=part_name, rows=record.rows, done=len(records), total=len(tasks))
+        generation.parts = [records[part_name] for part_name, _ in tasks]
+
+    def spread(
+        self,
+        function: Callable[..., Any],
+        calls: Iterable[tuple[str, tuple[Any, ...]]],
+        *,
+        shared: Any = None,
+        num_cpus: float = 1,
+        memory_bytes: int | None = None,
+    ) -> Iterable[tuple[str, Any]]:
+        """Run function(*arguments, shared) for each (name, arguments) on Ray; yields (name, result) as they end.
+
+        A bounded number is in flight. Whoever sums results must do so in the order of names, not of arrival.
+        """
+        cluster.start(self.resources.ray_address, self.resources.workers)
+        return cluster.spread(function, calls, shared=shared, num_cpus=num_cpus, memory_bytes=memory_bytes)
+
+    def finish(self, generation: Generation, summary: Mapping[str, Any]) -> Outcome:
+        """Mark a generation complete. summary: counts for the report; no timings, hosts or paths."""
+        generation.summary = dict(summary)
+        generation.complete = True
+        stage = generation.fingerprint.stage
+        directory = self.stage(stage)
+        rows = sum(part.rows for part in generation.parts)
+        seconds = round(time.time() - self._started.get(stage, time.time()), 3)
+        timing = {
+            "stage": stage,
+            "generation": generation.number,
+            "seconds": seconds,
+            "rows": rows,
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "host": socket.gethostname(),
+            "python": platform.python_version(),
+        }
+        name = "_timings.json" if self.out is not None else f"_timings-{generation.number:04d}.json"
+        storage.write_whole(storage.join(directory.directory, name), (json.dumps(timing, indent=1) + "\n").encode())
+        directory.save(generation)
+        self.events.emit("stage_end", stage, seconds=seconds, rows=rows, summary=dict(summary))
+        return Outcome(stage, False, rows, dict(summary), generation.directory)
+
+    def skipped(self, name: str) -> Outcome:
+        """The outcome of a stage that was there already (or had nothing to do)."""
+        directory = self.stage(name)
+        generations = directory.generations()
+        if not generations:
+            return Outcome(name, True, 0, {}, directory.directory)
+        last = generations[-1]
+        return Outcome(name, True, sum(p.rows for p in last.parts), last.summary, last.directory)
+
+    def _complete(self, stage: str, wanted_by: str) -> list[Generation]:
+        generations = self.run.stage(stage).all_generations()
+        if any(not g.complete for g in generations):
+            raise UserError(f"{self.run.path(stage)} is not finished, and {wanted_by} needs it: run `curate run` or that stage first")
+        return generations
+
+    def _known(self, directory: StageDirectory) -> list[Generation]:
+        if self.rebuild and directory.name not in self._started:
+            directory.clear()
+        self._started.setdefault(directory.name, time.time())
+        return directory.all_generations()
+
+    def _fingerprint(
+        self,
+        name: str,
+        revision: int,
+        options: Mapping[str, Any],
+        inputs: Mapping[str, Sequence[Generation]],
+        libraries: Sequence[str],
+        extra_inputs: Mapping[str, Any] | None,
+    ) -> Fingerprint:
+        digests: dict[str, Any] = {i: [g.digest for g in generations] for i, generations in inputs.items()}
+        return Fingerprint(
+            name, revision, {**options, "seed": self.seed}, {**digests, **(extra_inputs or {})}, backend(libraries)
+        )
+
+    def _refuse_difference(self, directory: StageDirectory, old: Generation, wanted: Fingerprint) -> None:
+        if old.fingerprint.digest != wanted.digest:
+            raise UserError(
+                f"{directory.directory} was made otherwise ({old.fingerprint.difference(wanted)}): "
+                "use another output folder, go back to those settings, or pass --rebuild"
+            )
+
+    def _open(self, directory: StageDirectory, generation: Generation) -> Generation:
+        self.events.emit("stage_start", directory.name, generation=generation.number, resumed=True)
+        return generation
+
+    def _skip(self, directory: StageDirectory, generation: Generation) -> None:
+        self.events.emit("stage_skip", directory.name, generation=generation.number)
+
+    def _create(
+        self,
+        directory: StageDirectory,
+        number: int,
+        name: str,
+        revision: int,
+        options: Mapping[str, Any],
+        inputs: Mapping[str, Sequence[Generation]],
+        libraries: Sequence[str],
+        extra_inputs: Mapping[str, Any] | None,
+    ) -> Generation:
+        if directory.flat and storage.list_files(directory.directory, ".parquet"):
+            raise UserError(
+                f"{directory.directory} already holds Parquet files that `curate {name}` did not write: choose an empty folder for --out"
+            )
+        generation = Generation(
+            number=number,
+            directory=directory.generation_directory(number),
+            fingerprint=self._fingerprint(name, revision, options, inputs, libraries, extra_inputs),
+            consumed={i: [g.number for g in generations] for i, generations in inputs.items()},
+        )
+        directory.save(generation)
+        self.events.emit("stage_start", name, generation=number, resumed=False)
+        return generation
+
+
+def backend(libraries: Sequence[str]) -> dict[str, str]:
+    """Versions of the libraries whose arithmetic decides a stage's output."""
+    found = {}
+    for name in libraries:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "absent"
+    return found
