@@ -95,5 +95,7 @@ def split_lists(model: type[BaseModel], overrides: dict[str, Any]) -> dict[str, 
         kind: Any = model.model_fields[name].annotation
         arguments = [kind, *typing.get_args(kind)]
         is_list = any(typing.get_origin(a) in (list, tuple) for a in arguments)
-        result[name] = [v.strip() for v in value.split(",") if v.strip()] if is_list and isinstance(value, str) else value
+        result[name] = (
+            [v.strip() for v in value.split(",") if v.strip()] if is_list and isinstance(value, str) else value
+        )
     return result

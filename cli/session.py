@@ -14,10 +14,18 @@ from pipelines.context import Context, Outcome, Resources
 from pipelines.events import Events
 from pipelines.run_directory import RunDirectory
 
-RunArgument = Annotated[str | None, typer.Argument(help="the run directory (a path or an fsspec URL)", show_default=False)]
-RayOption = Annotated[str | None, typer.Option("--ray-address", help="Ray cluster to use; default: this machine", show_default=False)]
-WorkersOption = Annotated[int | None, typer.Option("--workers", min=1, help="CPU cores to use; default: all", show_default=False)]
-MemoryOption = Annotated[str | None, typer.Option("--memory-per-worker", help="memory one task may use, e.g. 4GiB", show_default=False)]
+RunArgument = Annotated[
+    str | None, typer.Argument(help="the run directory (a path or an fsspec URL)", show_default=False)
+]
+RayOption = Annotated[
+    str | None, typer.Option("--ray-address", help="Ray cluster to use; default: this machine", show_default=False)
+]
+WorkersOption = Annotated[
+    int | None, typer.Option("--workers", min=1, help="CPU cores to use; default: all", show_default=False)
+]
+MemoryOption = Annotated[
+    str | None, typer.Option("--memory-per-worker", help="memory one task may use, e.g. 4GiB", show_default=False)
+]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="of every random choice", show_default=False)]
 RebuildOption = Annotated[bool, typer.Option("--rebuild", help="make the stage again from nothing")]
 JsonOption = Annotated[bool, typer.Option("--json", help="print the result as JSON")]
@@ -87,5 +95,9 @@ def print_outcome(outcome: Outcome, as_json: bool) -> None:
     }
     state = "already done, nothing to do" if outcome.skipped else f"{outcome.rows:,} rows"
     lines = [f"{outcome.stage}: {state} in {outcome.out}"]
-    lines += [f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value}" for name, value in outcome.summary.items() if not isinstance(value, (dict, list))]
+    lines += [
+        f"  {name}: {value:,}" if isinstance(value, int) else f"  {name}: {value}"
+        for name, value in outcome.summary.items()
+        if not isinstance(value, (dict, list))
+    ]
     print_result(document, lines, as_json)

@@ -91,7 +91,9 @@ class ProgressDisplay:
             self.progress.update(task, total=1, completed=1, note="already done")
         elif kind == "stage_end":
             finished = self.progress.tasks[self.progress.task_ids.index(task)]
-            self.progress.update(task, total=finished.total or 1, completed=finished.total or 1, note=f"{event['rows']:,} rows")
+            self.progress.update(
+                task, total=finished.total or 1, completed=finished.total or 1, note=f"{event['rows']:,} rows"
+            )
 
     def _line(self, kind: str, stage: str, event: dict[str, Any]) -> None:
         if kind == "stage_start":

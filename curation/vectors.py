@@ -87,9 +87,14 @@ def open_files(paths: Sequence[str]) -> VectorSet:
         if first is None:
             first = mine
         elif dimension != first[1]:
-            raise UserError(f"{path}: vectors of {dimension} dimensions beside {first[1]} in {first[0]}; one folder holds one model")
+            raise UserError(
+                f"{path}: vectors of {dimension} dimensions beside {first[1]} in {first[0]}; one folder holds one model"
+            )
         elif model != first[3]:
-            raise UserError(f"{path}: made by {_name(model)}, but {first[0]} by {_name(first[3])}; embeddings of two models cannot be compared")
+            raise UserError(
+                f"{path}: made by {_name(model)}, but {first[0]} by {_name(first[3])}; "
+                "embeddings of two models cannot be compared"
+            )
         elif dtype != first[2]:
             raise UserError(f"{path}: {dtype} vectors beside {first[2]} in {first[0]}; one folder holds one type")
         if rows:
@@ -102,9 +107,15 @@ def open_files(paths: Sequence[str]) -> VectorSet:
 def refuse_other_model(one: VectorSet, other: VectorSet, what: str, other_what: str) -> None:
     """Raises UserError if two sets cannot be compared: other dimension, or both models known and different."""
     if one.dimension != other.dimension:
-        raise UserError(f"{other_what} has vectors of {other.dimension} dimensions, {what} of {one.dimension}: embed both with one model")
+        raise UserError(
+            f"{other_what} has vectors of {other.dimension} dimensions, {what} of {one.dimension}: "
+            "embed both with one model"
+        )
     if one.model is not None and other.model is not None and one.model != other.model:
-        raise UserError(f"{other_what} was embedded by {_name(other.model)}, {what} by {_name(one.model)}: embed both with one model")
+        raise UserError(
+            f"{other_what} was embedded by {_name(other.model)}, {what} by {_name(one.model)}: "
+            "embed both with one model"
+        )
 
 
 def refuse_repeated_ids(ids: np.ndarray, where: str) -> None:
@@ -112,7 +123,10 @@ def refuse_repeated_ids(ids: np.ndarray, where: str) -> None:
     ordered = np.sort(ids)
     repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(repeated):
-        raise UserError(f"{where}: image_id {ordered[repeated[0]]} occurs more than once ({len(repeated):,} repeats); ids must be unique")
+        raise UserError(
+            f"{where}: image_id {ordered[repeated[0]]} occurs more than once ({len(repeated):,} repeats); "
+            "ids must be unique"
+        )
 
 
 def read_vectors(path: str, dimension: int) -> tuple[np.ndarray, np.ndarray]:
@@ -141,7 +155,9 @@ def embeddings_table(ids: np.ndarray, vectors: np.ndarray) -> pa.Table:
     values = pa.array(np.ascontiguousarray(unit).reshape(-1), pa.float16())
     column = pa.FixedSizeListArray.from_arrays(values, vectors.shape[1])
     schema = embeddings_schema(vectors.shape[1])
-    return pa.Table.from_arrays([pa.array(ids.astype(np.uint64), pa.uint64()), column.cast(schema.field(1).type)], schema=schema)
+    return pa.Table.from_arrays(
+        [pa.array(ids.astype(np.uint64), pa.uint64()), column.cast(schema.field(1).type)], schema=schema
+    )
 
 
 def similarity(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -187,7 +203,10 @@ def _describe(path: str) -> tuple[int, int, str, str | None]:
     schema = file.schema_arrow
     for name in ("image_id", "embedding"):
         if name not in schema.names:
-            raise UserError(f"{path}: no column `{name}` (it has {', '.join(schema.names) or 'none'}); embeddings need image_id and embedding")
+            raise UserError(
+                f"{path}: no column `{name}` (it has {', '.join(schema.names) or 'none'}); "
+                "embeddings need image_id and embedding"
+            )
     kind = schema.field("embedding").type
     if schema.field("image_id").type != pa.uint64():
         raise UserError(f"{path}: image_id is {schema.field('image_id').type}, expected uint64")

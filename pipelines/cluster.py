@@ -107,7 +107,7 @@ def _result(reference: Any, name: str) -> Any:
         raise
     except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as error:
         raise UserError(
-            f"{name}: its worker died four times ({type(error).__name__}); lower memory_per_worker or look at Ray's logs, "
-            "then run the same command again: finished parts are kept",
+            f"{name}: its worker died four times ({type(error).__name__}); lower memory_per_worker or look at "
+            "Ray's logs, then run the same command again: finished parts are kept",
             exit_code=1,
         ) from error

@@ -31,7 +31,9 @@ class SourceConfig(StageConfig):
     """Where images come from: exactly one of urls, folder, tars, parquet."""
 
     role: str = Field(
-        alias="as", pattern=ROLE.pattern, description="pool, pool:NAME, seed:NAME or reference:NAME (what the images are for)"
+        alias="as",
+        pattern=ROLE.pattern,
+        description="pool, pool:NAME, seed:NAME or reference:NAME (what the images are for)",
     )
     urls: str | None = Field(None, description="URL list to download: text, CSV or Parquet")
     folder: str | None = Field(None, description="folder of images; a sub-folder's name is the label")
@@ -103,7 +105,7 @@ def load(path: str) -> RunConfig:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error})") from error
     try:
-        document = yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        document = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: not valid YAML ({error.problem})") from error
@@ -119,7 +121,9 @@ def dump(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True, exclude_none=False), sort_keys=False)
 
 
-def check[M: BaseModel](model: type[M], document: Any, where: str, lines: dict[tuple[Any, ...], int] | None = None) -> M:
+def check[M: BaseModel](
+    model: type[M], document: Any, where: str, lines: dict[tuple[Any, ...], int] | None = None
+) -> M:
     """Validate; the first error as one sentence, further ones counted."""
     try:
         return model.model_validate(document)
@@ -186,5 +190,3 @@ def _line_of(location: tuple[Any, ...], lines: dict[tuple[Any, ...], int]) -> in
         if location[:end] in lines:
             return lines[location[:end]]
     return None
-
-

@@ -67,7 +67,7 @@ class Context:
 
     run: RunDirectory
     seed: int = 0
-    resources: Resources = field(default_factory=Resources)
+    resources: Resources = field(default_factory=lambda: Resources())
     events: Events = field(default_factory=lambda: Events(None))
     rebuild: bool = False
     out: str | None = None
@@ -98,9 +98,7 @@ class Context:
         done: dict[str, set[int]] = {i: set() for i in inputs}
         current: Generation | None = None
         for generation in known:
-            consumed = {
-                i: [g for g in available[i] if g.number in generation.consumed.get(i, [])] for i in inputs
-            }
+            consumed = {i: [g for g in available[i] if g.number in generation.consumed.get(i, [])] for i in inputs}
             wanted = self._fingerprint(name, revision, options, consumed, libraries, extra_inputs)
             self._refuse_difference(directory, generation, wanted)
             for i in inputs:
@@ -111,7 +109,8 @@ class Context:
             return self._open(directory, current)
         fresh = {i: [g for g in available[i] if g.number not in done[i]] for i in inputs}
         if known and not any(fresh.values()):
-            return self._skip(directory, known[-1])
+            self._skip(directory, known[-1])
+            return None
         return self._create(directory, len(known), name, revision, options, fresh, libraries, extra_inputs)
 
     def begin_snapshot(
@@ -137,7 +136,8 @@ class Context:
             return self._open(directory, known[-1])
         everything = {i: [g.number for g in available[i]] for i in inputs}
         if known and known[-1].consumed == everything:
-            return self._skip(directory, known[-1])
+            self._skip(directory, known[-1])
+            return None
         return self._create(directory, len(known), name, revision, options, available, libraries, extra_inputs)
 
     def begin_keyed(
@@ -160,7 +160,10 @@ class Context:
                 "retry"
             ) == key.get("retry"):
                 self._refuse_difference(directory, generation, wanted)
-                return self._skip(directory, generation) if generation.complete else self._open(directory, generation)
+                if not generation.complete:
+                    return self._open(directory, generation)
+                self._skip(directory, generation)
+                return None
         generation = Generation(
             number=len(known),
             directory=directory.generation_directory(len(known)),
@@ -257,7 +260,9 @@ class Context:
     def _complete(self, stage: str, wanted_by: str) -> list[Generation]:
         generations = self.run.stage(stage).all_generations()
         if any(not g.complete for g in generations):
-            raise UserError(f"{self.run.path(stage)} is not finished, and {wanted_by} needs it: run `curate run` or that stage first")
+            raise UserError(
+                f"{self.run.path(stage)} is not finished, and {wanted_by} needs it: run `curate run` or that stage first"
+            )
         return generations
 
     def _known(self, directory: StageDirectory) -> list[Generation]:
@@ -307,7 +312,8 @@ class Context:
     ) -> Generation:
         if directory.flat and storage.list_files(directory.directory, ".parquet"):
             raise UserError(
-                f"{directory.directory} already holds Parquet files that `curate {name}` did not write: choose an empty folder for --out"
+                f"{directory.directory} already holds Parquet files that `curate {name}` did not write: "
+                "choose an empty folder for --out"
             )
         generation = Generation(
             number=number,

@@ -58,7 +58,7 @@ def test_the_wheel_installed_elsewhere_runs_curate_init(wheel: Path, tmp_path: P
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
     packages = next((environment / "lib").glob("python*")) / "site-packages"
-    # Dependencies come from this environment; an editable install of the checkout does not (a .pth in a .pth is not read).
+    # Dependencies come from this environment; an editable install does not: a .pth inside that folder is not read.
     (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
     python = environment / "bin" / "python"
     subprocess.run(
