@@ -9,9 +9,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
 from pathlib import Path
+from xml.etree import ElementTree
 
 RESULT = Path(__file__).parent / "results" / "test-full.json"
 

@@ -162,7 +162,8 @@ def embeddings_table(ids: np.ndarray, vectors: np.ndarray) -> pa.Table:
 
 def similarity(left: np.ndarray, right: np.ndarray) -> np.ndarray:
     """The definition: (n, d), (n, d) stored vectors -> (n,) float32, row by row in float64."""
-    return np.einsum("nd,nd->n", left.astype(np.float64), right.astype(np.float64)).astype(np.float32)
+    products: np.ndarray = np.einsum("nd,nd->n", left.astype(np.float64), right.astype(np.float64))
+    return products.astype(np.float32)
 
 
 def _checked(vectors: np.ndarray, ids: np.ndarray, path: str) -> np.ndarray:

@@ -67,7 +67,7 @@ class Context:
 
     run: RunDirectory
     seed: int = 0
-    resources: Resources = field(default_factory=lambda: Resources())
+    resources: Resources = field(default_factory=lambda: Resources())  # noqa: PLW0108 - mypy wants the call
     events: Events = field(default_factory=lambda: Events(None))
     rebuild: bool = False
     out: str | None = None
@@ -261,7 +261,7 @@ class Context:
         generations = self.run.stage(stage).all_generations()
         if any(not g.complete for g in generations):
             raise UserError(
-                f"{self.run.path(stage)} is not finished, and {wanted_by} needs it: run `curate run` or that stage first"
+                f"{self.run.path(stage)} is not finished, and {wanted_by} needs it: finish `curate {stage}` first"
             )
         return generations
 
