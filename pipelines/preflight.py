@@ -1,0 +1,117 @@
+"""Everything about a run that can be found wrong before its first stage starts."""
+
+import difflib
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from curation import storage
+from curation.errors import UserError
+from pipelines.configuration import RunConfig, SourceConfig
+
+PATH_KEYS = ("urls", "folder", "tars", "parquet")
+
+
+def absolute(path: str) -> str:
+    """A path as it is from anywhere: relative ones start at the current folder, URLs stay as they are."""
+    if "://" in path:
+        return path
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration with absolute paths: what RUN/run.yaml holds, good from any folder."""
+    sources = []
+    for source in config.sources:
+        kind, origin = source.origin
+        sources.append(source.model_copy(update={kind: absolute(origin)}))
+    return config.model_copy(update={"run": absolute(config.run), "sources": sources})
+
+
+def check(config: RunConfig) -> None:
+    """Refuse a run whose files, names or folders cannot be right. Raises UserError."""
+    check_sources(config)
+    check_seed_sets(config)
+    check_writable(config.run)
+
+
+def check_sources(config: RunConfig) -> None:
+    """Every source is there, holds something, and has a name of its own; there is a pool."""
+    if not config.sources:
+        raise UserError("sources: none given; list at least one `as: pool` with urls, folder, tars or parquet")
+    if not any(source.role.split(":")[0] == "pool" for source in config.sources):
+        raise UserError("sources: no pool among them; give one `as: pool` to take images from")
+    for role, count in Counter(source.role for source in config.sources).items():
+        if count > 1:
+            raise UserError(f"sources: `as: {role}` stands there {count} times; give each source a name of its own")
+    for number, source in enumerate(config.sources):
+        _check_origin(f"sources.{number}", source)
+
+
+def _check_origin(key: str, source: SourceConfig) -> None:
+    kind, origin = source.origin
+    fs, inner = storage.filesystem(origin)
+    where = f"{key}.{kind}: {origin}"
+    if any(sign in origin for sign in "*?[") and not fs.exists(inner):
+        if not fs.glob(inner):
+            raise UserError(f"{where}: no file matches")
+        return
+    try:
+        there, folder = fs.exists(inner), fs.isdir(inner)
+    except PermissionError as error:
+        raise UserError(f"{where}: cannot be read ({error.strerror})") from error
+    if not there:
+        raise UserError(f"{where}: no such {'folder' if kind in ('folder', 'tars') else 'file'}")
+    if kind == "folder" and not folder:
+        raise UserError(f"{where}: a file, where a folder of images is expected")
+    if folder and not fs.ls(inner, detail=False):
+        raise UserError(f"{where}: an empty folder")
+    if not folder and fs.size(inner) == 0:
+        raise UserError(f"{where}: an empty file")
+    if not folder and storage.is_local(origin) and not os.access(inner, os.R_OK):
+        raise UserError(f"{where}: cannot be read; mend its rights")
+
+
+def check_seed_sets(config: RunConfig) -> None:
+    """The seed sets that later stages name are among the sources."""
+    seeds = [source.role.split(":", 1)[1] for source in config.sources if source.role.startswith("seed:")]
+    for key, name in _seed_sets_named(config):
+        if name not in seeds:
+            close = difflib.get_close_matches(name, seeds, 1)
+            hint = f"did you mean `{close[0]}`?" if close else f"known: {', '.join(seeds) or 'none'}"
+            raise UserError(f"{key}: no source is `as: seed:{name}`; {hint}")
+
+
+def _seed_sets_named(config: RunConfig) -> Iterator[tuple[str, str]]:
+    block: Any = config.retrieve
+    sets = getattr(block, "seed_sets", None) or {}
+    for name in sets:
+        yield f"retrieve.seed_sets.{name}", str(name)
+
+
+def check_writable(run: str) -> None:
+    """The run directory can be made and written to. Raises UserError (exit code 1 where rights or space lack)."""
+    fs, inner = storage.filesystem(run)
+    if storage.is_local(run) and os.path.exists(inner) and not os.path.isdir(inner):
+        raise UserError(f"run: {run} is a file, where the folder of the run is expected")
+    probe = storage.join(run, ".probe")
+    storage.write_whole(probe, b"")
+    fs, inner = storage.filesystem(probe)
+    fs.rm(inner)
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """`{"dedup.threshold": 0.6, ...}` of a configuration's document."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json", by_alias=True)
+    if isinstance(value, dict) and value:
+        inner: dict[str, Any] = {}
+        for key, item in value.items():
+            inner |= flat(item, f"{prefix}.{key}" if prefix else str(key))
+        return inner
+    if isinstance(value, list) and any(isinstance(item, dict) for item in value):
+        return flat({str(index): item for index, item in enumerate(value)}, prefix)
+    return {prefix: value}
