@@ -1,0 +1,187 @@
+"""The decoder's child process: how bytes go in and pixels come out, and how its death is told.
+
+The child is a fresh interpreter (a fork of a Ray worker would inherit its threads' locks) that reads
+requests from one pipe and answers on another; it ends when its parent closes the pipe or dies.
+CPU seconds per image and address space are bounded by the kernel (setrlimit).
+"""
+
+import fcntl
+import math
+import os
+import resource
+import select
+import signal
+import struct
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+
+from embeddings.decoding import DecodeError, DecodeLimits, decode
+
+_REQUEST = struct.Struct("<Q")
+_ANSWER = struct.Struct("<BII")  # 0: pixels of (h, w); 1: a refusal, (bytes of its text, 0)
+_PIPE_BYTES = 1 << 20
+
+
+class ChildDiedError(Exception):
+    """The child ended before it answered."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Child:
+    """The parent's end."""
+
+    def __init__(self, limits: DecodeLimits) -> None:
+        self.limits = limits
+        to_child, self._requests = os.pipe()
+        self._answers, from_child = os.pipe()
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        environment = {
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "OPENBLAS_NUM_THREADS": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        options = [limits.max_pixels, limits.cpu_s, limits.memory_bytes]
+        arguments = [str(value) for value in (to_child, from_child, *options)]
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from embeddings.decoding_process import serve; serve()", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                env=environment,
+                pass_fds=(to_child, from_child),
+                start_new_session=True,
+            )
+        finally:
+            os.close(to_child)
+            os.close(from_child)
+        for end in (self._requests, self._answers):
+            _widen(end)
+            os.set_blocking(end, False)
+
+    def decode(self, data: bytes) -> np.ndarray:
+        """Pixels, (h, w, 3) uint8. Raises DecodeError, or ChildDiedError."""
+        deadline = time.monotonic() + self.limits.wall_s
+        try:
+            self._send(_REQUEST.pack(len(data)), deadline)
+            self._send(data, deadline)
+        except BrokenPipeError:
+            raise self._death() from None
+        kind, first, second = _ANSWER.unpack(self._receive(_ANSWER.size, deadline))
+        if kind == 0:
+            return np.frombuffer(self._receive(first * second * 3, deadline), np.uint8).reshape(first, second, 3)
+        reason, _, detail = bytes(self._receive(first, deadline)).decode().partition("\n")
+        raise DecodeError(reason, detail)
+
+    def close(self) -> None:
+        """End the child and collect it."""
+        for end in (self._requests, self._answers):
+            os.close(end)
+        self._process.kill()
+        self._process.wait()
+
+    def _send(self, data: bytes, deadline: float) -> None:
+        view = memoryview(data)
+        while view:
+            try:
+                view = view[os.write(self._requests, view) :]
+            except BlockingIOError:
+                self._wait(self._requests, select.POLLOUT, deadline)
+
+    def _receive(self, size: int, deadline: float) -> bytearray:
+        buffer = bytearray(size)
+        view = memoryview(buffer)
+        while view:
+            try:
+                count = os.readv(self._answers, [view])
+            except BlockingIOError:
+                self._wait(self._answers, select.POLLIN, deadline)
+                continue
+            if count == 0:
+                raise self._death()
+            view = view[count:]
+        return buffer
+
+    def _wait(self, end: int, event: int, deadline: float) -> None:
+        poll = select.poll()
+        poll.register(end, event)
+        if not poll.poll(max(0, math.ceil((deadline - time.monotonic()) * 1000))):
+            raise ChildDiedError("decoder_timeout")
+
+    def _death(self) -> ChildDiedError:
+        try:
+            code = self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            code = None
+        return ChildDiedError("decoder_timeout" if code == -signal.SIGXCPU else "decoder_crashed")
+
+
+def serve() -> None:
+    """The child: answers requests until the parent is gone."""
+    requests, answers, max_pixels, cpu_s, memory_bytes = (int(value) for value in sys.argv[1:6])
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    limits = DecodeLimits(max_pixels=max_pixels, cpu_s=cpu_s, memory_bytes=memory_bytes)
+    _one_thread_per_codec()
+    with os.fdopen(requests, "rb", buffering=0) as source, os.fdopen(answers, "wb", buffering=0) as sink:
+        try:
+            while (head := _exactly(source, _REQUEST.size)) is not None:
+                data = _exactly(source, _REQUEST.unpack(head)[0])
+                if data is None:
+                    return
+                for piece in _answer(data, limits):
+                    view = memoryview(piece).cast("B")
+                    while view:
+                        view = view[sink.write(view) :]
+        except BrokenPipeError:
+            return
+
+
+def _answer(data: bytes, limits: DecodeLimits) -> tuple[Any, ...]:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    bound = math.ceil(used.ru_utime + used.ru_stime) + limits.cpu_s
+    resource.setrlimit(resource.RLIMIT_CPU, (bound, resource.RLIM_INFINITY))
+    try:
+        pixels = decode(data, limits)
+    except DecodeError as error:
+        text = f"{error.reason}\n{error.detail}".encode()
+        return (_ANSWER.pack(1, len(text), 0), text)
+    except MemoryError:
+        text = b"too_much_memory\n"
+        return (_ANSWER.pack(1, len(text), 0), text)
+    return (_ANSWER.pack(0, pixels.shape[0], pixels.shape[1]), np.ascontiguousarray(pixels))
+
+
+def _exactly(source: Any, size: int) -> bytes | None:
+    buffer = bytearray(size)
+    view = memoryview(buffer)
+    while view:
+        count = source.readinto(view)
+        if not count:
+            return None
+        view = view[count:]
+    return bytes(buffer)
+
+
+def _widen(end: int) -> None:
+    try:
+        fcntl.fcntl(end, fcntl.F_SETPIPE_SZ, _PIPE_BYTES)
+    except (OSError, AttributeError):  # not Linux, or more than this user may have: slower, not wrong
+        return
+
+
+def _one_thread_per_codec() -> None:
+    try:
+        from PIL import AvifImagePlugin
+
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+    except ImportError:
+        return
