@@ -1,0 +1,181 @@
+"""Streaming over Parquet: scans with projections, counts by key, the first rows per group.
+
+Memory depends on what is kept and on the number of distinct keys, never on the rows of the run.
+What is sampled is sampled in hash order (`curation/order.py`): the same rows whatever the order of arrival.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from pyarrow import acero
+
+from curation import storage
+from curation.order import hash_keys
+from curation.schemas import SOURCE_SHIFT
+
+BATCH_ROWS = 1 << 16
+GROUPS_PER_PASS = 1 << 26
+"""Group-bys over ids run in so many passes that one pass holds at most about this many groups."""
+TEXT_CHARACTERS = 400
+"""Longer strings of tables (URLs, captions) are cut when read: a page needs no more."""
+RETRY = re.compile(r"-r(\d+)\.parquet$")
+
+SOURCE_NUMBER = pc.shift_right(pc.field("image_id"), pa.scalar(SOURCE_SHIFT, pa.uint64()))
+REASON = pc.replace_substring_regex(
+    pc.utf8_slice_codeunits(pc.coalesce(pc.field("error"), pa.scalar("")), 0, 200),
+    pattern=r"(?s)\s*:.*$",
+    replacement="",
+)
+"""The class of an `error`: what stands before the first colon."""
+HOST = pc.utf8_lower(
+    pc.replace_substring_regex(
+        pc.utf8_slice_codeunits(pc.coalesce(pc.field("url"), pa.scalar("")), 0, TEXT_CHARACTERS),
+        pattern=r"(?s)^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?([^/?#]*).*$",
+        replacement=r"\1",
+    )
+)
+
+
+def open_parts(paths: Sequence[str]) -> ds.Dataset:
+    """Parquet files, local or of any fsspec filesystem, as one dataset. paths: at least one, all of one filesystem."""
+    if all(storage.is_local(path) for path in paths):
+        return ds.dataset([storage.filesystem(path)[1] for path in paths], format="parquet")
+    fs = storage.filesystem(paths[0])[0]
+    inner = [storage.filesystem(path)[1] for path in paths]
+    return ds.dataset(inner, format="parquet", filesystem=pafs.PyFileSystem(pafs.FSSpecHandler(fs)))
+
+
+def stream(paths: Sequence[str], columns: Any, where: Any = None) -> Iterator[pa.Table]:
+    """The rows of `paths` for which `where` holds, in bounded tables. columns: names, or expressions by name."""
+    if not paths:
+        return
+    for batch in open_parts(paths).to_batches(columns=columns, filter=where, batch_size=BATCH_ROWS):
+        if batch.num_rows:
+            yield pa.Table.from_batches([batch])
+
+
+def count_by(paths: Sequence[str], keys: Mapping[str, Any], where: Any = None) -> pa.Table:
+    """`keys` and `images`: rows per distinct combination of the key expressions, sorted by them."""
+    names = list(keys)
+    if not paths:
+        return pa.table({name: pa.array([], pa.string()) for name in names} | {"images": pa.array([], pa.int64())})
+    steps = [acero.Declaration("scan", acero.ScanNodeOptions(open_parts(paths), filter=where))]
+    if where is not None:
+        steps.append(acero.Declaration("filter", acero.FilterNodeOptions(where)))
+    steps.append(acero.Declaration("project", acero.ProjectNodeOptions(list(keys.values()), names)))
+    steps.append(
+        acero.Declaration("aggregate", acero.AggregateNodeOptions([([], "hash_count_all", None, "images")], keys=names))
+    )
+    counted = acero.Declaration.from_sequence(steps).to_table()
+    return counted.select([*names, "images"]).sort_by([(name, "ascending") for name in names])
+
+
+def merge_counts(tables: Sequence[pa.Table], keys: Sequence[str], value: str = "images") -> pa.Table:
+    """Counts of several tables added up, sorted by the keys."""
+    merged = pa.concat_tables(tables).group_by(list(keys)).aggregate([(value, "sum")])
+    merged = merged.rename_columns([*keys, value])
+    return merged.sort_by([(key, "ascending") for key in keys])
+
+
+def current_rows(paths: Sequence[str]) -> list[tuple[list[str], Any]]:
+    """(paths, filter) groups that leave out the rows which a later retry fetched again."""
+    by_retry: dict[int, list[str]] = {}
+    for path in paths:
+        found = RETRY.search(path)
+        by_retry.setdefault(int(found[1]) if found else 0, []).append(path)
+    groups: list[tuple[list[str], Any]] = []
+    later: list[pa.Array] = []
+    for retry in sorted(by_retry, reverse=True):
+        where = ~pc.field("image_id").isin(pa.concat_arrays(later)) if later else None
+        groups.append((by_retry[retry], where))
+        if retry:
+            later += [c for t in stream(by_retry[retry], ["image_id"]) for c in t["image_id"].chunks]
+    return groups
+
+
+def with_hash(table: pa.Table, seed: int, purpose: str, column: str = "image_id") -> pa.Table:
+    """The table and its `hash`, the order in which samples are taken."""
+    keys = hash_keys(table[column].to_numpy(), seed, purpose)
+    return table.append_column("hash", pa.array(keys, pa.uint64()))
+
+
+def first_per_group(
+    tables: Iterable[pa.Table], group: str, count: int, order: Sequence[tuple[str, str]]
+) -> pa.Table | None:
+    """The first `count` rows of each group, sorted by group and `order`, holding few more than that."""
+    best: pa.Table | None = None
+    grown = 0
+    for table in tables:
+        best = table if best is None else pa.concat_tables([best, table])
+        grown += table.num_rows
+        if grown > 4 * BATCH_ROWS:
+            best, grown = cut_groups(best, group, count, order), 0
+    return None if best is None else cut_groups(best, group, count, order)
+
+
+def cut_groups(table: pa.Table, group: str, count: int, order: Sequence[tuple[str, str]]) -> pa.Table:
+    """The first `count` rows of each group of one table."""
+    table = table.sort_by([(group, "ascending"), *order]).combine_chunks()
+    codes = pc.dictionary_encode(table[group].combine_chunks()).indices.to_numpy()
+    starts = np.flatnonzero(np.r_[True, codes[1:] != codes[:-1]]) if len(codes) else np.empty(0, np.int64)
+    lengths = np.diff(np.r_[starts, len(codes)])
+    position = np.arange(len(codes)) - np.repeat(starts, lengths)
+    return table.filter(pa.array(position < count))
+
+
+def group_sizes(paths: Sequence[str], column: str, where: Any = None) -> Iterator[pa.Table]:
+    """`group`, `images` for each value of an id column, in disjoint tables.
+
+    The values are taken in passes by their low bits, so that memory stays bounded with hundreds of millions of groups.
+    """
+    if not paths:
+        return
+    rows = open_parts(paths).count_rows(filter=where)
+    passes = 1
+    while passes * GROUPS_PER_PASS < rows:
+        passes *= 2
+    for number in range(passes):
+        mine = where
+        if passes > 1:
+            bits = pc.bit_wise_and(pc.field(column), pa.scalar(passes - 1, pa.uint64()))
+            turn = bits == pa.scalar(number, pa.uint64())
+            mine = turn if where is None else turn & where
+        yield count_by(paths, {"group": pc.field(column)}, mine)
+
+
+def histogram(paths: Sequence[str], expression: Any, edges: np.ndarray, where: Any = None) -> np.ndarray:
+    """(len(edges) - 1,) int64: values per bin; what lies outside goes into the first or last bin, null is left out."""
+    counts = np.zeros(len(edges) - 1, np.int64)
+    for table in stream(paths, {"value": expression}, where):
+        values = pc.drop_null(table["value"]).to_numpy()
+        values = values[np.isfinite(values)] if values.dtype.kind == "f" else values
+        counts += np.histogram(np.clip(values, edges[0], edges[-1]), edges)[0]
+    return counts
+
+
+def id_range(file: pq.ParquetFile) -> tuple[int | None, int | None]:
+    """Smallest and largest `image_id` by the footer of a Parquet file; (None, None) where it does not say."""
+    metadata = file.metadata
+    leaf = next((i for i in range(metadata.num_columns) if metadata.schema.column(i).path == "image_id"), None)
+    low, high = None, None
+    for group in range(metadata.num_row_groups):
+        chunk = None if leaf is None else metadata.row_group(group).column(leaf)
+        if chunk is None or not chunk.is_stats_set or not chunk.statistics.has_min_max:
+            return None, None
+        least, most = int(chunk.statistics.min), int(chunk.statistics.max)
+        low, high = (least, most) if low is None or high is None else (min(low, least), max(high, most))
+    return low, high
+
+
+def cut_text(name: str) -> Any:
+    """A column of images, long strings cut."""
+    if name in ("url", "error", "label", "caption"):
+        return pc.utf8_slice_codeunits(pc.field(name), 0, TEXT_CHARACTERS)
+    return pc.field(name)

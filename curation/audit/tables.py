@@ -1,0 +1,396 @@
+"""The figures behind the data card and the report: tables in, tables out.
+
+Every function takes paths of parts and streams over them (`curation/audit/scans.py`).
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from curation import storage
+from curation.audit.scans import (
+    HOST,
+    REASON,
+    SOURCE_NUMBER,
+    count_by,
+    current_rows,
+    cut_groups,
+    cut_text,
+    first_per_group,
+    group_sizes,
+    id_range,
+    merge_counts,
+    open_parts,
+    stream,
+    with_hash,
+)
+
+
+def status_counts(paths: Sequence[str]) -> pa.Table:
+    """`source`, `status`, `reason`, `images` of tables of images.
+
+    A row that a retry fetched again counts once, as what the last attempt made of it.
+    """
+    keys = {"source": pc.field("source"), "status": pc.field("status"), "reason": REASON}
+    tables = [count_by(group, keys, where) for group, where in current_rows(paths)]
+    return merge_counts(tables, list(keys)) if tables else count_by([], keys)
+
+
+def host_failures(paths: Sequence[str], limit: int) -> pa.Table:
+    """`host`, `status`, `reason`, `images`: the `limit` most frequent of what was not fetched."""
+    keys = {"host": HOST, "status": pc.field("status"), "reason": REASON}
+    lost = pc.field("status").isin(["failed", "transient", "excluded"])
+    tables = [count_by(group, keys, lost if where is None else lost & where) for group, where in current_rows(paths)]
+    counted = merge_counts(tables, list(keys)) if tables else count_by([], keys)
+    order = [("images", "descending"), *((key, "ascending") for key in keys)]
+    return counted.sort_by(order).slice(0, limit)
+
+
+def duplicate_counts(paths: Sequence[str]) -> pa.Table:
+    """`source_number`, `kept`, `reason`, `images` of tables of duplicates."""
+    keys = {"source_number": SOURCE_NUMBER, "kept": pc.field("kept"), "reason": pc.field("reason")}
+    return count_by(paths, keys)
+
+
+def source_counts(paths: Sequence[str]) -> pa.Table:
+    """`source_number`, `images` of any table with `image_id`."""
+    return count_by(paths, {"source_number": SOURCE_NUMBER})
+
+
+def components(
+    paths: Sequence[str], column: str, largest: int, random: int, seed: int, where: Any = None
+) -> tuple[pa.Table, pa.Table]:
+    """Which components to show, and how large they are.
+
+    column: `component_id` or `reference_component_id`. where: the rows that count; without it, components of one are
+    left out.
+    Returns (`group`, `images`, `choice`: largest | random) and (`images`, `components`: how many are of this size).
+    """
+    members = where if where is not None else pc.field("component_id") != pc.field("image_id")
+    plus = 0 if where is not None else 1
+    sizes: list[pa.Table] = []
+    candidates: list[pa.Table] = []
+    for found in group_sizes(paths, column, members):
+        counted = found.filter(pc.is_valid(found["group"]))
+        counted = counted.set_column(1, "images", pc.add(counted["images"], pa.scalar(plus, pa.int64())))
+        sizes.append(counted.group_by("images").aggregate([([], "count_all")]).rename_columns(["images", "components"]))
+        keyed = with_hash(counted, seed, "report components", "group")
+        candidates.append(keyed.sort_by([("images", "descending"), ("group", "ascending")]).slice(0, largest))
+        candidates.append(keyed.sort_by([("hash", "ascending")]).slice(0, largest + random))
+    if not candidates:
+        empty = pa.table({"group": pa.array([], pa.uint64()), "images": pa.array([], pa.int64())})
+        nothing = pa.table({"images": pa.array([], pa.int64()), "components": pa.array([], pa.int64())})
+        return empty.append_column("choice", pa.array([], pa.string())), nothing
+    every = pa.concat_tables(candidates).group_by("group").aggregate([("images", "min"), ("hash", "min")])
+    every = every.rename_columns(["group", "images", "hash"])
+    big = every.sort_by([("images", "descending"), ("group", "ascending")]).slice(0, largest)
+    rest = every.filter(~pc.field("group").isin(big["group"].combine_chunks()))
+    drawn = rest.sort_by([("hash", "ascending")]).slice(0, random)
+    choice = pa.array(["largest"] * big.num_rows + ["random"] * drawn.num_rows, pa.string())
+    chosen = pa.concat_tables([big, drawn]).select(["group", "images"]).append_column("choice", choice)
+    return chosen.combine_chunks(), merge_counts(sizes, ["images"], "components")
+
+
+def component_members(paths: Sequence[str], column: str, chosen: pa.Array, where: Any = None) -> pa.Table:
+    """All rows of the chosen components, those kept first.
+
+    Columns: `image_id`, `kept`, `reason`, `nearest_id`, `similarity`, `group` (the component).
+    """
+    names = ["image_id", "kept", "reason", "nearest_id", "similarity"]
+    columns = {name: pc.field(name) for name in names} | {"group": pc.field(column)}
+    mine = pc.field(column).isin(chosen)
+    found = list(stream(paths, columns, mine if where is None else mine & where))
+    kinds = [pa.uint64(), pa.bool_(), pa.string(), pa.uint64(), pa.float32(), pa.uint64()]
+    empty = pa.table({name: pa.array([], kind) for name, kind in zip(columns, kinds, strict=True)})
+    table = pa.concat_tables(found) if found else empty
+    return table.sort_by([("group", "ascending"), ("kept", "descending"), ("image_id", "ascending")]).combine_chunks()
+
+
+def weakest_edges(paths: Sequence[str], members: pa.Table) -> pa.Table:
+    """The least similar link of each component's chains: `group`, `edges`, `low`, `high`, `similarity`.
+
+    paths: parts of the self forest. members: `image_id`, `group` of all members of the components asked for.
+    """
+    ids = members["image_id"].to_numpy()
+    order = np.argsort(ids, kind="stable")
+    ids, groups = ids[order], members["group"].to_numpy()[order]
+
+    def edges() -> Iterator[pa.Table]:
+        wanted = (
+            pc.field("low").isin(pa.array(ids, pa.uint64()))
+            & (pc.field("low_space") == 0)
+            & (pc.field("high_space") == 0)
+        )
+        for table in stream(paths, ["low", "high", "similarity"], wanted):
+            low, high = table["low"].to_numpy(), table["high"].to_numpy()
+            group = groups[np.searchsorted(ids, low)]
+            at = np.minimum(np.searchsorted(ids, high), len(ids) - 1)
+            same = (ids[at] == high) & (groups[at] == group)
+            yield table.append_column("group", pa.array(group, pa.uint64())).filter(pa.array(same))
+
+    found = list(edges()) if len(ids) else []
+    if not found:
+        kinds = {"group": pa.uint64(), "edges": pa.int64(), "low": pa.uint64(), "high": pa.uint64()}
+        return pa.table({n: pa.array([], k) for n, k in kinds.items()} | {"similarity": pa.array([], pa.float32())})
+    every = pa.concat_tables(found)
+    order_keys = [("similarity", "ascending"), ("low", "ascending"), ("high", "ascending")]
+    least = first_per_group([every], "group", 1, order_keys)
+    assert least is not None
+    counted = every.group_by("group").aggregate([([], "count_all")]).rename_columns(["group", "edges"])
+    joined = least.join(counted, "group").sort_by("group")
+    return joined.select(["group", "edges", "low", "high", "similarity"]).combine_chunks()
+
+
+def reference_pairs(paths: Sequence[str]) -> Iterator[pa.Table]:
+    """Direct hits, the best per image and set.
+
+    Columns: `image_id`, `reference_set`, `reference_id`, `similarity`, `kept`, `reason`.
+    """
+    columns = ["image_id", "kept", "reason", "references"]
+    for table in stream(paths, columns, pc.list_value_length(pc.field("references")) > 0):
+        lists = table["references"].combine_chunks()
+        rows = pc.list_parent_indices(lists)
+        hits = lists.flatten()
+        flat = pa.table(
+            {
+                "image_id": pc.take(table["image_id"], rows),
+                "reference_set": pc.struct_field(hits, "reference_set"),
+                "reference_id": pc.struct_field(hits, "reference_id"),
+                "similarity": pc.struct_field(hits, "similarity"),
+                "kept": pc.take(table["kept"], rows),
+                "reason": pc.take(table["reason"], rows),
+            }
+        )
+        flat = flat.sort_by(
+            [
+                ("image_id", "ascending"),
+                ("reference_set", "ascending"),
+                ("similarity", "descending"),
+                ("reference_id", "ascending"),
+            ]
+        )
+        ids = flat["image_id"].to_numpy()
+        names = pc.dictionary_encode(flat["reference_set"].combine_chunks()).indices.to_numpy()
+        first = np.r_[True, (ids[1:] != ids[:-1]) | (names[1:] != names[:-1])]
+        yield flat.filter(pa.array(first)).combine_chunks()
+
+
+def reference_summary(paths: Sequence[str], thresholds: Sequence[float]) -> pa.Table:
+    """Per reference set: `reference_set`, `images` with a direct hit, `dropped` of these, and `at` each threshold.
+
+    at: list of counts, one per threshold: images whose best match in the set is strictly more similar.
+    """
+    names: dict[str, list[int]] = {}
+    for table in reference_pairs(paths):
+        for name in pc.unique(table["reference_set"]).to_pylist():
+            mine = table.filter(pc.field("reference_set") == name)
+            similarity = mine["similarity"].to_numpy()
+            dropped = int(pc.sum(pc.equal(mine["reason"], "reference")).as_py() or 0)
+            figures = [mine.num_rows, dropped, *(int((similarity > np.float32(t)).sum()) for t in thresholds)]
+            names[name] = [a + b for a, b in zip(names.get(name, [0] * len(figures)), figures, strict=True)]
+    found = sorted(names)
+    return pa.table(
+        {
+            "reference_set": pa.array(found, pa.string()),
+            "images": pa.array([names[n][0] for n in found], pa.int64()),
+            "dropped": pa.array([names[n][1] for n in found], pa.int64()),
+            "at": pa.array([names[n][2:] for n in found], pa.list_(pa.int64())),
+        }
+    )
+
+
+def reference_samples(paths: Sequence[str], best: int, random: int, seed: int) -> pa.Table:
+    """Pairs to show per reference set, with `choice`: best (the most similar first) or random."""
+    order = [("similarity", "descending"), ("image_id", "ascending"), ("reference_id", "ascending")]
+    top = first_per_group(reference_pairs(paths), "reference_set", best, order)
+    hashed = (with_hash(t, seed, "report references") for t in reference_pairs(paths))
+    drawn = first_per_group(
+        hashed, "reference_set", best + random, [("hash", "ascending"), ("reference_id", "ascending")]
+    )
+    if top is None or drawn is None:
+        return pa.table({n: pa.array([], pa.string()) for n in ("reference_set", "choice")})
+    shown = set(zip(top["image_id"].to_pylist(), top["reference_set"].to_pylist(), strict=True))
+    pairs = zip(drawn["image_id"].to_pylist(), drawn["reference_set"].to_pylist(), strict=True)
+    rest = drawn.filter(pa.array([pair not in shown for pair in pairs], pa.bool_()))
+    rest = cut_groups(
+        rest, "reference_set", random, [("hash", "ascending"), ("reference_id", "ascending")]
+    ).drop_columns(["hash"])
+    choice = pa.array(["best"] * top.num_rows + ["random"] * rest.num_rows, pa.string())
+    return pa.concat_tables([top, rest]).append_column("choice", choice).combine_chunks()
+
+
+def cluster_levels(paths: Sequence[str]) -> list[str]:
+    """Names of the columns of a table of clusters, leaf first."""
+    names = [n for n in open_parts(paths).schema.names if re.fullmatch(r"cluster_\d+", n)] if paths else []
+    return sorted(names, key=lambda n: int(n.split("_")[1]))
+
+
+def cluster_members(paths: Sequence[str], chosen: Sequence[int], nearest: int, random: int, seed: int) -> pa.Table:
+    """Images to show of the chosen leaf clusters: `image_id`, `cluster`, `distance`, `choice` (nearest | random)."""
+    columns = {"image_id": pc.field("image_id"), "cluster": pc.field("cluster_1"), "distance": pc.field("distance")}
+    mine = pc.field("cluster_1").isin(pa.array(list(chosen), pa.int32()))
+
+    def rows() -> Iterator[pa.Table]:
+        for table in stream(paths, columns, mine):
+            yield with_hash(table, seed, "report clusters")
+
+    close = first_per_group(rows(), "cluster", nearest, [("distance", "ascending"), ("image_id", "ascending")])
+    drawn = first_per_group(rows(), "cluster", nearest + random, [("hash", "ascending")])
+    if close is None or drawn is None:
+        return pa.table({n: pa.array([], pa.uint64()) for n in ("image_id", "cluster", "distance", "choice")})
+    rest = drawn.filter(~pc.field("image_id").isin(close["image_id"].combine_chunks()))
+    rest = cut_groups(rest, "cluster", random, [("hash", "ascending")])
+    choice = pa.array(["nearest"] * close.num_rows + ["random"] * rest.num_rows, pa.string())
+    every = pa.concat_tables([close, rest]).append_column("choice", choice)
+    return every.drop_columns(["hash"]).combine_chunks()
+
+
+def selected_by_cluster(manifest: Sequence[str]) -> pa.Table:
+    """`cluster` (leaf), `seed_set`, `images`: what each seed set drew from each cluster into the manifest."""
+    partial: list[pa.Table] = []
+    for table in stream(manifest, ["clusters", "retrieved_by"], pc.list_value_length(pc.field("clusters")) > 0):
+        leaf = pc.list_element(table["clusters"].combine_chunks(), 0)
+        lists = table["retrieved_by"].combine_chunks()
+        rows = pc.list_parent_indices(lists)
+        flat = pa.table({"row": rows, "seed_set": pc.struct_field(lists.flatten(), "seed_set")})
+        flat = flat.group_by(["row", "seed_set"]).aggregate([])
+        flat = flat.append_column("cluster", pc.take(leaf, flat["row"]))
+        counted = flat.group_by(["cluster", "seed_set"]).aggregate([([], "count_all")])
+        partial.append(counted.rename_columns(["cluster", "seed_set", "images"]))
+        if len(partial) > 64:
+            partial = [merge_counts(partial, ["cluster", "seed_set"])]
+    if not partial:
+        kinds = {"cluster": pa.int32(), "seed_set": pa.string(), "images": pa.int64()}
+        return pa.table({name: pa.array([], kind) for name, kind in kinds.items()})
+    return merge_counts(partial, ["cluster", "seed_set"])
+
+
+def seed_set_counts(manifest: Sequence[str]) -> pa.Table:
+    """What each seed set brought: `seed_set`, `nominal`, `unique`, `colliding`, `shared`, `alone`.
+
+    nominal: retrievals, the paper's count. unique: images. colliding: nominal - unique, retrievals of an image that
+    another seed of the same set had drawn already. shared: of the unique, images that another seed set drew too.
+    """
+    totals: dict[str, list[int]] = {}
+    for table in stream(manifest, ["retrieved_by"], pc.list_value_length(pc.field("retrieved_by")) > 0):
+        for name, figures in _seed_sets(table["retrieved_by"]).items():
+            totals[name] = [a + b for a, b in zip(totals.get(name, [0, 0, 0]), figures, strict=True)]
+    return seed_set_table(totals)
+
+
+def seed_set_table(totals: Mapping[str, Sequence[int]]) -> pa.Table:
+    """The table of `seed_set_counts` from (nominal, unique, shared) per set."""
+    names = sorted(totals)
+    nominal, unique, shared = ([int(totals[n][i]) for n in names] for i in range(3))
+    return pa.table(
+        {
+            "seed_set": pa.array(names, pa.string()),
+            "nominal": pa.array(nominal, pa.int64()),
+            "unique": pa.array(unique, pa.int64()),
+            "colliding": pa.array([a - b for a, b in zip(nominal, unique, strict=True)], pa.int64()),
+            "shared": pa.array(shared, pa.int64()),
+            "alone": pa.array([a - b for a, b in zip(unique, shared, strict=True)], pa.int64()),
+        }
+    )
+
+
+def _seed_sets(retrieved_by: pa.ChunkedArray) -> dict[str, list[int]]:
+    """(nominal, unique, shared) per seed set of a column of `retrieved_by`."""
+    lists = retrieved_by.combine_chunks()
+    rows = pc.list_parent_indices(lists).to_numpy()
+    encoded = pc.dictionary_encode(pc.struct_field(lists.flatten(), "seed_set"))
+    names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
+    if not len(names):
+        return {}
+    pairs = np.unique(rows.astype(np.int64) * len(names) + codes)
+    sets_of_row = np.bincount(pairs // len(names), minlength=len(lists))
+    nominal = np.bincount(codes, minlength=len(names))
+    unique = np.bincount(pairs % len(names), minlength=len(names))
+    several = pairs[sets_of_row[pairs // len(names)] > 1]
+    shared = np.bincount(several % len(names), minlength=len(names))
+    return {n: [int(nominal[i]), int(unique[i]), int(shared[i])] for i, n in enumerate(names)}
+
+
+def retrieval_counts(paths: Sequence[str]) -> pa.Table:
+    """`seed_set`, `mode`, `images`: rows of a table of retrieval."""
+    return count_by(paths, {"seed_set": pc.field("seed_set"), "mode": pc.field("mode")})
+
+
+def seed_samples(paths: Sequence[str], seeds: int, each: int, seed: int) -> pa.Table:
+    """Seeds to show per seed set (hash order) and what they drew, best first.
+
+    Returns rows of RETRIEVAL, at most `each` per seed, sorted by seed set, the seed's hash, similarity.
+    """
+    known = pc.is_valid(pc.field("seed_id"))
+
+    def distinct() -> Iterator[pa.Table]:
+        for table in stream(paths, ["seed_set", "seed_id"], known):
+            yield with_hash(table.group_by(["seed_set", "seed_id"]).aggregate([]), seed, "report seeds", "seed_id")
+
+    chosen: pa.Table | None = None
+    for table in distinct():
+        both = table if chosen is None else pa.concat_tables([chosen, table.select(chosen.column_names)])
+        both = both.group_by(["seed_set", "seed_id", "hash"]).aggregate([])
+        chosen = cut_groups(both, "seed_set", seeds, [("hash", "ascending")])
+    if chosen is None:
+        return pa.table({n: pa.array([], pa.uint64()) for n in ("image_id", "seed_set", "seed_id")})
+    wanted = {
+        (s, i): h for s, i, h in zip(*(chosen[n].to_pylist() for n in ("seed_set", "seed_id", "hash")), strict=True)
+    }
+    columns = ["image_id", "seed_set", "seed_id", "mode", "rank", "similarity", "cluster_id"]
+
+    def rows() -> Iterator[pa.Table]:
+        for table in stream(paths, columns, pc.field("seed_id").isin(chosen["seed_id"].combine_chunks())):
+            pairs = list(zip(table["seed_set"].to_pylist(), table["seed_id"].to_pylist(), strict=True))
+            mine = table.filter(pa.array([pair in wanted for pair in pairs], pa.bool_()))
+            hashes = pa.array([wanted[pair] for pair in pairs if pair in wanted], pa.uint64())
+            key = pa.array([f"{s}\x00{i}" for s, i in pairs if (s, i) in wanted], pa.string())
+            yield mine.append_column("hash", hashes).append_column("key", key)
+
+    order = [("similarity", "descending"), ("rank", "ascending"), ("image_id", "ascending")]
+    found = first_per_group(rows(), "key", each, order)
+    assert found is not None
+    return found.sort_by([("seed_set", "ascending"), ("hash", "ascending"), *order]).drop_columns(["key", "hash"])
+
+
+LOCATION_COLUMNS = (
+    *("image_id", "source", "url", "width", "height", "shard", "offset", "length", "status", "error"),
+    *("duplicate_of", "nsfw", "faces_blurred", "label", "caption"),
+)
+
+
+def locations(paths: Sequence[str], ids: np.ndarray) -> pa.Table:
+    """Rows of tables of images for these ids, long strings cut; of several rows of one id the usable or the last one.
+
+    Only files whose range of ids holds one of them are read beyond the footer. ids: (n,) uint64.
+    """
+    ids = np.unique(ids)
+
+    def read(path: str) -> pa.Table | None:
+        file = pq.ParquetFile(
+            storage.filesystem(path)[1] if storage.is_local(path) else pa.BufferReader(storage.read_bytes(path))
+        )
+        low, high = id_range(file)
+        if low is not None and high is not None and not ((ids >= low) & (ids <= high)).any():
+            return None
+        columns = {n: cut_text(n) for n in LOCATION_COLUMNS if n in file.schema_arrow.names}
+        tables = list(stream([path], columns, pc.field("image_id").isin(pa.array(ids, pa.uint64()))))
+        return pa.concat_tables(tables) if tables else None
+
+    with ThreadPoolExecutor(8) as pool:
+        tables = [t for t in pool.map(read, paths) if t is not None] if len(ids) else []
+    if not tables:
+        return pa.table({"image_id": pa.array([], pa.uint64())})
+    every = pa.concat_tables(tables)
+    rank = pa.array(np.arange(every.num_rows), pa.int64())
+    every = every.append_column("usable", pc.cast(pc.equal(every["status"], "ok"), pa.int8())).append_column(
+        "rank", rank
+    )
+    order = [("usable", "descending"), ("rank", "descending")]
+    return cut_groups(every, "image_id", 1, order).drop_columns(["usable", "rank"])
