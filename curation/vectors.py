@@ -129,10 +129,16 @@ def refuse_repeated_ids(ids: np.ndarray, where: str) -> None:
         )
 
 
-def read_vectors(path: str, dimension: int) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, vectors) of one file: see VectorSet.read."""
+def read_vectors(
+    path: str, dimension: int, row_groups: Sequence[int] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, vectors) of one file, or of some of its row groups: see VectorSet.read."""
     try:
-        table = pq.read_table(_open(path), columns=["image_id", "embedding"])
+        columns = ["image_id", "embedding"]
+        if row_groups is None:
+            table = pq.read_table(_open(path), columns=columns)
+        else:
+            table = pq.ParquetFile(_open(path)).read_row_groups(list(row_groups), columns=columns)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})", exit_code=1) from error
     column = table["embedding"].combine_chunks()
@@ -194,6 +200,11 @@ def _open(path: str) -> pa.NativeFile | str:
     if storage.is_local(path):
         return storage.filesystem(path)[1]
     return pa.BufferReader(storage.read_bytes(path))
+
+
+def open_parquet(path: str) -> pa.NativeFile | str:
+    """What pyarrow opens a Parquet file by, local or remote."""
+    return _open(path)
 
 
 def _describe(path: str) -> tuple[int, int, str, str | None]:

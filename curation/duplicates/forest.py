@@ -1,0 +1,260 @@
+"""Maximum spanning forests: all that has to be kept of a graph of copies.
+
+The components of a maximum spanning forest, cut at any threshold, are those of the whole graph cut there; and the
+best edge of every node is in it. Edges are totally ordered (similarity descending, then the smaller ends), so the
+forest is unique: it does not depend on how the work was cut or on which worker was first, and forests of parts merge
+to the forest of the whole.
+
+Inside an algorithm a node is a dense number in (space, id) order: space 0 the pool, space n the n-th reference set.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+import pyarrow as pa
+
+from curation.schemas import EDGES
+
+EDGE = np.dtype([("low", "<u4"), ("high", "<u4"), ("similarity", "<f4")])
+"""low < high: dense node numbers."""
+
+
+def edges(one: np.ndarray, other: np.ndarray, similarity: np.ndarray) -> np.ndarray:
+    """(m,) EDGE from two columns of nodes in any order."""
+    result = np.empty(len(one), EDGE)
+    result["low"] = np.minimum(one, other)
+    result["high"] = np.maximum(one, other)
+    result["similarity"] = similarity
+    return result
+
+
+def ordered(rows: np.ndarray) -> np.ndarray:
+    """Edges by similarity descending, ties by (low, high)."""
+    return rows[np.lexsort((rows["high"], rows["low"], -rows["similarity"]))]
+
+
+def maximum_spanning_forest(rows: np.ndarray, count: int | None = None) -> np.ndarray:
+    """Reduce edges to the forest that has the same components at every threshold.
+
+    rows: (m,) EDGE, any order, repeats allowed. count: number of nodes, which saves numbering those that occur anew
+    where most of them do. Returns at most (distinct nodes - 1) of them, ordered. Borůvka's
+    rounds on one uint32 array of parents: no sort of all edges, so dense groups (a thousand copies of one image are
+    half a million edges) reduce in a few passes.
+    """
+    if not len(rows):
+        return rows
+    if count is not None and 4 * len(rows) > count:
+        low, high = np.ascontiguousarray(rows["low"]), np.ascontiguousarray(rows["high"])
+    else:
+        nodes, ends = np.unique(np.concatenate([rows["low"], rows["high"]]), return_inverse=True)
+        low, high = ends[: len(rows)].astype(np.uint32), ends[len(rows) :].astype(np.uint32)
+        count = len(nodes)
+    chosen = _boruvka(low, high, np.ascontiguousarray(rows["similarity"]), count)
+    return ordered(rows[chosen])
+
+
+class ForestMerger:
+    """Adds forests of parts in any order, holding at most the forest so far and a buffer."""
+
+    def __init__(self, count: int | None = None, buffer_edges: int = 1 << 22) -> None:
+        self.count = count
+        self.buffer_edges = buffer_edges
+        self._forest = np.empty(0, EDGE)
+        self._buffer: list[np.ndarray] = []
+        self._buffered = 0
+
+    def add(self, rows: np.ndarray) -> None:
+        self._buffer.append(rows)
+        self._buffered += len(rows)
+        if self._buffered > max(self.buffer_edges, len(self._forest) // 2):
+            self._reduce()
+
+    def result(self) -> np.ndarray:
+        self._reduce()
+        return self._forest
+
+    def _reduce(self) -> None:
+        if self._buffered:
+            self._forest = maximum_spanning_forest(np.concatenate([self._forest, *self._buffer]), self.count)
+            self._buffer, self._buffered = [], 0
+
+
+def nearest(forest: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Each node's most similar neighbour in the graph the forest was made of (ties: the smallest node).
+
+    By the cut property a node's best edge is in the forest. Returns (count,) int64 with -1 for none, (count,) float32.
+    """
+    best = np.full(count, -1, np.int64)
+    similarity = np.full(count, np.nan, np.float32)
+    for mine, other in (("low", "high"), ("high", "low")):
+        # Written from the worst to the best: the last write of a node wins.
+        backwards = forest[::-1]
+        seen = np.full(count, -1, np.int64)
+        seen[backwards[mine]] = np.arange(len(forest))[::-1]
+        has = np.flatnonzero(seen >= 0)
+        edge = forest[seen[has]]
+        neighbour, value = edge[other].astype(np.int64), edge["similarity"]
+        better = (best[has] < 0) | (value > similarity[has]) | ((value == similarity[has]) & (neighbour < best[has]))
+        best[has[better]] = neighbour[better]
+        similarity[has[better]] = value[better]
+    return best, similarity
+
+
+def prune(rows: np.ndarray, per_node: int) -> np.ndarray:
+    """The edges that are among the `per_node` best of at least one of their ends (ties: the smaller neighbour)."""
+    if not len(rows):
+        return rows
+    rows = np.unique(rows)
+    mine = np.concatenate([rows["low"], rows["high"]])
+    other = np.concatenate([rows["high"], rows["low"]])
+    order = np.lexsort((other, -np.concatenate([rows["similarity"]] * 2), mine))
+    sorted_nodes = mine[order]
+    first = np.flatnonzero(np.concatenate([[True], sorted_nodes[1:] != sorted_nodes[:-1]]))
+    rank = np.arange(len(order)) - np.repeat(first, np.diff(np.append(first, len(order))))
+    keep = np.zeros(len(rows), bool)
+    keep[order[rank < per_node] % len(rows)] = True
+    return np.asarray(rows[keep])
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """The ids behind dense node numbers: spaces one after the other, ids ascending in each."""
+
+    ids: tuple[np.ndarray, ...]
+    """One (n,) uint64 array per space."""
+
+    @property
+    def offsets(self) -> np.ndarray:
+        """(spaces + 1,) int64: the first node of each space."""
+        return np.concatenate([[0], np.cumsum([len(i) for i in self.ids])]).astype(np.int64)
+
+    @property
+    def count(self) -> int:
+        return int(self.offsets[-1])
+
+    def space(self, nodes: np.ndarray) -> np.ndarray:
+        """(n,) uint8."""
+        return (np.searchsorted(self.offsets, nodes, side="right") - 1).astype(np.uint8)
+
+    def image_id(self, nodes: np.ndarray) -> np.ndarray:
+        """(n,) uint64."""
+        result = np.empty(len(nodes), np.uint64)
+        spaces = self.space(nodes)
+        for space in range(len(self.ids)):
+            here = spaces == space
+            result[here] = self.ids[space][nodes[here].astype(np.int64) - self.offsets[space]]
+        return result
+
+    def find(self, spaces: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """(n,) int64 nodes of (space, id) pairs; -1 for those that are no node."""
+        result = np.full(len(ids), -1, np.int64)
+        for space, known in enumerate(self.ids):
+            here = np.flatnonzero(spaces == space)
+            if len(here) and len(known):
+                place = np.minimum(np.searchsorted(known, ids[here]), len(known) - 1)
+                found = known[place] == ids[here]
+                result[here[found]] = place[found] + self.offsets[space]
+        return result
+
+
+def to_table(forest: np.ndarray, nodes: Nodes) -> pa.Table:
+    """A forest as a table of schema EDGES."""
+    return pa.Table.from_arrays(
+        [
+            pa.array(nodes.space(forest["low"])),
+            pa.array(nodes.image_id(forest["low"])),
+            pa.array(nodes.space(forest["high"])),
+            pa.array(nodes.image_id(forest["high"])),
+            pa.array(np.ascontiguousarray(forest["similarity"])),
+        ],
+        schema=EDGES,
+    )
+
+
+def from_table(table: pa.Table, nodes: Nodes) -> np.ndarray:
+    """(m,) EDGE; edges with an end that is no node any more are left out."""
+    low = nodes.find(table["low_space"].to_numpy(), table["low"].to_numpy())
+    high = nodes.find(table["high_space"].to_numpy(), table["high"].to_numpy())
+    here = (low >= 0) & (high >= 0)
+    return edges(low[here], high[here], table["similarity"].to_numpy()[here])
+
+
+def path(forest: np.ndarray, start: int, end: int) -> list[tuple[int, float | None]]:
+    """The chain of copies that joins two nodes: (node, similarity to the one before), [] if nothing joins them.
+
+    In a maximum spanning forest this is the chain whose weakest link is strongest.
+    """
+    around: dict[int, list[tuple[int, float]]] = {}
+    for edge in forest:
+        one, other, value = int(edge["low"]), int(edge["high"]), float(edge["similarity"])
+        around.setdefault(one, []).append((other, value))
+        around.setdefault(other, []).append((one, value))
+    came: dict[int, tuple[int, float] | None] = {start: None}
+    queue = [start]
+    for node in queue:
+        for other, value in around.get(node, []):
+            if other not in came:
+                came[other] = (node, value)
+                queue.append(other)
+    if end not in came:
+        return []
+    chain: list[tuple[int, float | None]] = []
+    node = end
+    while (link := came[node]) is not None:
+        chain.append((node, link[1]))
+        node = link[0]
+    return [(start, None), *reversed(chain)]
+
+
+def cut(forest: np.ndarray, threshold: float) -> np.ndarray:
+    """The edges strictly above a threshold (compared as float32). forest: (m,) EDGE in any order."""
+    return np.asarray(forest[forest["similarity"] > np.float32(threshold)])
+
+
+def chunked(forest: np.ndarray, size: int = 1 << 22) -> Sequence[np.ndarray]:
+    """Pieces of at most `size` edges, at least one piece."""
+    return [forest[k : k + size] for k in range(0, max(1, len(forest)), size)]
+
+
+@numba.njit(cache=True, nogil=True)
+def _find(parent: np.ndarray, node: int) -> int:
+    while parent[node] != node:
+        parent[node] = parent[parent[node]]
+        node = parent[node]
+    return node
+
+
+@numba.njit(cache=True, nogil=True)
+def _boruvka(low: np.ndarray, high: np.ndarray, similarity: np.ndarray, count: int) -> np.ndarray:
+    parent = np.arange(count).astype(np.uint32)
+    best = np.full(count, -1, np.int64)
+    alive = np.arange(len(low))
+    chosen = np.zeros(len(low), np.bool_)
+    left = len(low)
+    while left > 0:
+        kept = 0
+        for place in range(left):
+            edge = alive[place]
+            one, other = _find(parent, low[edge]), _find(parent, high[edge])
+            if one == other:
+                continue
+            alive[kept] = edge
+            kept += 1
+            for root in (one, other):
+                rival = best[root]
+                if rival < 0 or similarity[edge] > similarity[rival] or (similarity[edge] == similarity[rival] and (
+                    low[edge] < low[rival] or (low[edge] == low[rival] and high[edge] < high[rival])
+                )):
+                    best[root] = edge
+        left = kept
+        for root in range(count):
+            edge = best[root]
+            if edge >= 0:
+                best[root] = -1
+                one, other = _find(parent, low[edge]), _find(parent, high[edge])
+                if one != other:
+                    chosen[edge] = True
+                    parent[max(one, other)] = min(one, other)
+    return chosen
