@@ -1,6 +1,7 @@
 """The one place that imports FAISS, so that a missing or doubled installation gives one sentence."""
 
-from importlib.metadata import distributions
+from functools import cache
+from importlib.metadata import PackageNotFoundError, distribution
 from types import ModuleType
 
 from curation.errors import UserError
@@ -9,10 +10,18 @@ CPU_DISTRIBUTIONS = frozenset({"faiss-cpu"})
 GPU_DISTRIBUTIONS = frozenset({"faiss-gpu", "faiss-gpu-cu11", "faiss-gpu-cu12", "faiss-gpu-cuvs"})
 
 
+@cache
 def installed_faiss() -> list[str]:
     """Names of the installed FAISS distributions, sorted."""
-    names = {(d.metadata["Name"] or "").lower().replace("_", "-") for d in distributions()}
-    return sorted(names & (CPU_DISTRIBUTIONS | GPU_DISTRIBUTIONS))
+    return sorted(name for name in CPU_DISTRIBUTIONS | GPU_DISTRIBUTIONS if _is_installed(name))
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 def require_faiss() -> ModuleType:

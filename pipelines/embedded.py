@@ -1,0 +1,113 @@
+"""Which embeddings the selection stages work on: the pool and the seed sets of a run, or folders from elsewhere."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from curation import storage, vectors
+from curation.errors import UserError
+from curation.vectors import VectorSet
+from pipelines.context import Context
+from pipelines.run_directory import Generation, Source
+
+PART = re.compile(r"^part-(\d+)-\d+")
+
+
+@dataclass(frozen=True)
+class EmbeddingPart:
+    """One Parquet file of vectors and the name that rows made from it keep."""
+
+    name: str
+    path: str
+    rows: int
+
+
+def stage_of(context: Context, model: str | None) -> str:
+    """`embed/FOLDER` of the model asked for; by default the first of the run's embed.models, or the only one there is."""
+    from embeddings.models.registry import slug
+
+    fs, inner = storage.filesystem(context.run.path("embed"))
+    there = (
+        sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)) if fs.exists(inner) else []
+    )
+    if model is not None:
+        if slug(model) not in there:
+            known = f"there is {', '.join(there)}" if there else "there are none"
+            raise UserError(
+                f"{context.run.path('embed', slug(model))}: no embeddings of {model} ({known}); run `curate embed` first"
+            )
+        return f"embed/{slug(model)}"
+    if not there:
+        raise UserError(f"{context.run.path('embed')}: no embeddings; run `curate embed` first")
+    configured = [slug(name) for name in _configured_models(context)]
+    first = next((name for name in configured if name in there), None)
+    if first is None and len(there) > 1:
+        raise UserError(f"{context.run.path('embed')} holds {', '.join(there)}: choose one with --model")
+    return f"embed/{first or there[0]}"
+
+
+def _configured_models(context: Context) -> list[str]:
+    path = context.run.path("run.yaml")
+    if not storage.exists(path):
+        return []
+    from pipelines import configuration
+
+    return list(getattr(configuration.load(path).embed, "models", []))
+
+
+def pool_parts(context: Context, generations: Iterable[Generation]) -> list[EmbeddingPart]:
+    """The parts of pool images in these generations of an embed stage, in order."""
+    return [part for source, part in _parts(context, generations) if source.role == "pool"]
+
+
+def seed_parts(context: Context, generations: Iterable[Generation]) -> dict[str, list[EmbeddingPart]]:
+    """The parts of each seed set, by its name, in the order of the sources."""
+    found: dict[str, list[EmbeddingPart]] = {s.label: [] for s in context.run.sources() if s.role == "seed"}
+    for source, part in _parts(context, generations):
+        if source.role == "seed":
+            found[source.label].append(part)
+    return found
+
+
+def _parts(context: Context, generations: Iterable[Generation]) -> list[tuple[Source, EmbeddingPart]]:
+    sources = {source.number: source for source in context.run.sources()}
+    found = []
+    for generation in generations:
+        for record in generation.parts:
+            match = PART.match(record.name)
+            if match is None or int(match.group(1)) not in sources:
+                raise UserError(f"{generation.writer.path(record.name)}: belongs to no source of this run", exit_code=1)
+            part = EmbeddingPart(record.name, generation.writer.path(record.name), record.rows)
+            found.append((sources[int(match.group(1))], part))
+    return found
+
+
+def folder_parts(folder: str) -> tuple[VectorSet, list[EmbeddingPart]]:
+    """A folder of embeddings from elsewhere. Names that begin with `part-` are kept, others are numbered."""
+    opened = vectors.open_folder(folder)
+    if not opened.rows:
+        raise UserError(f"{folder}: its Parquet files hold no rows; there is nothing to work on")
+    stems = [p.path.rsplit("/", 1)[-1].removesuffix(".parquet") for p in opened.partitions]
+    keep = all(stem.startswith("part-") for stem in stems)
+    named = [
+        EmbeddingPart(stem if keep else f"part-{index:06d}", p.path, p.rows)
+        for index, (stem, p) in enumerate(zip(stems, opened.partitions, strict=True))
+    ]
+    return opened, named
+
+
+def open_parts(parts: Sequence[EmbeddingPart]) -> VectorSet:
+    """The vectors of the parts that have rows."""
+    return vectors.open_files([part.path for part in parts if part.rows])
+
+
+def files_digest(paths: Iterable[str]) -> str:
+    """sha256 over the names and contents of files: what stands for a folder in a fingerprint."""
+    entries = []
+    for path in paths:
+        fs, inner = storage.filesystem(path)
+        with fs.open(inner, "rb") as file:
+            entries.append([path.rsplit("/", 1)[-1], hashlib.file_digest(file, "sha256").hexdigest()])
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
