@@ -123,7 +123,7 @@ def _pairs(records: np.ndarray, positions: np.ndarray, *, equal: bool) -> np.nda
     pairs["second"] = np.where(swap, left["id"], right["id"])
     pairs["settled"] = left["settled"] | right["settled"]
     pairs["equal"] = equal
-    return pairs[~(left["settled"] & right["settled"])]
+    return np.asarray(pairs[~(left["settled"] & right["settled"])])
 
 
 def _near(hashes: np.ndarray, positions: np.ndarray, distance: int, band_number: int) -> np.ndarray:

@@ -24,6 +24,10 @@ from pipelines.events import Events
 from pipelines.run_directory import Fingerprint, Generation, PartRecord, PartWriter, RunDirectory, StageDirectory
 
 
+class MadeOtherwiseError(UserError):
+    """A stage's output is there, made with other options or inputs."""
+
+
 class StageConfig(BaseModel):
     """Base of every stage's options: unknown keys are refused, `affects_output` false leaves the fingerprint."""
 
@@ -287,7 +291,7 @@ class Context:
 
     def _refuse_difference(self, directory: StageDirectory, old: Generation, wanted: Fingerprint) -> None:
         if old.fingerprint.digest != wanted.digest:
-            raise UserError(
+            raise MadeOtherwiseError(
                 f"{directory.directory} was made otherwise ({old.fingerprint.difference(wanted)}): "
                 "use another output folder, go back to those settings, or pass --rebuild"
             )
