@@ -140,15 +140,6 @@ PACKAGES = (
     ),
     Package(
         "debian",
-        "labelme-examples",
-        "5.1.1-1",
-        "acf0f5be435c8899098397eb9f0e46b4c1be080e0c1202f128609d6391179e23",
-        "GPL-3+",
-        29,
-        (Take(r"examples/.*(JPEGImages|data_annotated)/", "photo"),),
-    ),
-    Package(
-        "debian",
         "mate-backgrounds",
         "1.26.0-1",
         "7bf4c2209f34b4f61ba6d24c8b58c28b361e82e4b943aae6d42c030169af9e04",
@@ -348,7 +339,14 @@ def _run(command: list[str], cwd: Path, package: Package) -> str:
     }
     try:
         done = subprocess.run(
-            command, cwd=cwd, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=1800
+            command,
+            check=False,
+            cwd=cwd,
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            timeout=1800,
         )
     except subprocess.TimeoutExpired:
         raise Unavailable(
@@ -457,9 +455,12 @@ def _members(archive: Path, wanted: Callable[[str], object]) -> Iterator[tuple[s
     if archive.suffix == ".whl":
         yield from _zip(archive, wanted)
     elif archive.suffix == ".deb":
-        with subprocess.Popen(["dpkg-deb", "--fsys-tarfile", str(archive)], stdout=subprocess.PIPE) as process:
-            with tarfile.open(fileobj=process.stdout, mode="r|") as tar:
-                yield from _tar(tar, wanted)
+        command = ["dpkg-deb", "--fsys-tarfile", str(archive)]
+        with (
+            subprocess.Popen(command, stdout=subprocess.PIPE) as process,
+            tarfile.open(fileobj=process.stdout, mode="r|") as tar,
+        ):
+            yield from _tar(tar, wanted)
     else:
         with tarfile.open(archive) as tar:
             yield from _tar(tar, wanted)

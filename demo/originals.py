@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from os import cpu_count
+from os import cpu_count, getpid
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +18,21 @@ from curation.order import hash_keys
 from demo.corpus import Corpus, Picture
 
 MOST = {
-    ("ufoai-textures", "texture"): 1000,
-    ("stellarium-data", "drawing"): 300,
-    ("games-thumbnails", "screenshot"): 300,
-    ("opencv-doc", "figure"): 250,
-    ("gcompris-qt-data", "painting"): 300,
-    ("tuxpaint-stamps-default", "drawing"): 200,
-    ("pysiogame", "art4apps"): 300,
-    ("elpv-dataset", "solar cell"): 300,
+    ("ufoai-textures", "texture"): 700,
+    ("ufoai-textures", "picture"): 90,
+    ("stellarium-data", "nebula"): 400,
+    ("stellarium-data", "drawing"): 150,
+    ("games-thumbnails", "screenshot"): 200,
+    ("opencv-doc", "figure"): 160,
+    ("opencv-doc", "photo"): 120,
+    ("gcompris-qt-data", "painting"): 200,
+    ("gcompris-qt-data", "other"): 150,
+    ("tuxpaint-stamps-default", "drawing"): 130,
+    ("pysiogame", "art4apps"): 200,
+    ("elpv-dataset", "solar cell"): 200,
 }
 """Images taken of a class that would else be half of the web, or cost minutes."""
-SHORTEST, LARGEST, LONGEST_ASPECT = 64, 6_000_000, 4.0
+SHORTEST, LARGEST, LONGEST_ASPECT = 64, 6_000_000, 3.0
 """Pixels of the short side, pixels in all, long side over short side."""
 MODEL = "sscd"
 THRESHOLD = 0.6
@@ -83,12 +87,16 @@ def copy_vectors(corpus: Corpus, pictures: Sequence[Picture], cache: Path, say: 
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             for done, (chunk, rows) in enumerate(zip(chunks, pool.map(_embed, jobs), strict=True), 1):
                 known |= {p.sha256: row for p, row in zip(chunk, rows, strict=True)}
-                if done % 10 == 0:
+                if done % 8 == 0 or done == len(chunks):
                     say(f"  {min(done * CHUNK, len(missing)):,} of {len(missing):,}")
-        aside = store.with_name(f".{store.stem}.tmp.npz")
-        np.savez(aside, sha256=np.array(list(known)), vectors=np.stack(list(known.values())))
-        aside.replace(store)
+                    _store(store, known)
     return np.stack([known[p.sha256] for p in pictures])
+
+
+def _store(path: Path, known: dict[str, np.ndarray]) -> None:
+    aside = path.with_name(f".{path.stem}.{getpid()}.npz")
+    np.savez(aside, sha256=np.array(list(known)), vectors=np.stack(list(known.values())))
+    aside.replace(path)
 
 
 _model = None
