@@ -70,7 +70,7 @@ def median_seconds(torch: Any, run: Callable[[int], Any], repeats: int = 20) -> 
 def ceilings(torch: Any) -> dict[str, Any]:
     """Bytes per second of a large copy (read plus written) and FLOP/s of a large bf16 and fp32 product."""
     buffers = [torch.randn(1 << 28, device="cuda") for _ in range(3)]
-    copied = median_seconds(torch, lambda i: buffers[i % 2].copy_(buffers[2]))
+    copied = median_seconds(torch, lambda i, buffers=buffers: buffers[i % 2].copy_(buffers[2]))
     found: dict[str, Any] = {"bytes_per_s": 2 * buffers[0].nbytes / copied["median_s"]}
     del buffers
     for name, kind in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
