@@ -151,9 +151,10 @@ def _plan(
     verbose: bool,
     as_json: bool,
 ) -> None:
+    from pipelines import hardware as machines
     from pipelines import plan, preflight
 
-    machine = plan.hardware(hardware, nodes=nodes, gpus_per_node=gpus, cores_per_node=cores)
+    machine = machines.hardware(hardware, nodes=nodes, gpus_per_node=gpus, cores_per_node=cores)
     planned = plan.plan(preflight.resolve(config), machine)
     table = _table("stage", "rows in", "rows out", "read", "written", "FLOP", "memory/worker", "hours", "bound by")
     for stage in planned.stages:

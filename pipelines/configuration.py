@@ -4,6 +4,7 @@ Errors name the key, the file and the line.
 """
 
 import re
+import typing
 from typing import Any, Literal
 
 import yaml
@@ -41,6 +42,9 @@ class SourceConfig(StageConfig):
     parquet: str | None = Field(None, description="Parquet with a column `path`")
     licence: str | None = Field(None, description="licence of the images, for the data card")
     exempt: bool = Field(False, description="seed set that enters the manifest without filter and decontamination")
+    label_column: str | None = Field(
+        None, description="column of a Parquet (of paths, or beside tars) that holds labels, for the audit"
+    )
     images: int | None = Field(None, ge=0, description="expected number of images, for --plan without data")
 
     @property
@@ -154,16 +158,24 @@ def _suggest(location: tuple[Any, ...], model: type[BaseModel]) -> str:
 
     current: Any = model
     for part in location[:-1]:
-        fields = getattr(current, "model_fields", {})
-        if part not in fields:
-            return ""
-        arguments = [fields[part].annotation, *getattr(fields[part].annotation, "__args__", ())]
-        current = next((a for a in arguments if isinstance(a, type) and issubclass(a, BaseModel)), None)
+        if isinstance(part, str) and isinstance(current, type) and issubclass(current, BaseModel):
+            by_name = {f.alias or n: f.annotation for n, f in current.model_fields.items()}
+            if part not in by_name:
+                return ""
+            current = by_name[part]
+        current = _model_in(current)
         if current is None:
             return ""
     known = [f.alias or n for n, f in getattr(current, "model_fields", {}).items()]
     close = difflib.get_close_matches(str(location[-1]), known, 1)
     return f", did you mean `{close[0]}`?" if close else f"; known: {', '.join(known)}"
+
+
+def _model_in(kind: Any) -> type[BaseModel] | None:
+    """The model of an annotation such as `X | None`, `list[X]` or `dict[str, X]`."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return kind
+    return next((found for a in typing.get_args(kind) if (found := _model_in(a)) is not None), None)
 
 
 def _lines(text: str) -> dict[tuple[Any, ...], int]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, field_validator
 
 from curation import storage
 from curation.errors import UserError
@@ -48,6 +48,19 @@ class Resources(StageConfig):
     ray_address: str | None = Field(None, description="Ray cluster to use (`auto`, `ray://host:10001`); default: local")
     workers: int | None = Field(None, ge=1, description="CPU cores to use locally; default: all of them")
     memory_per_worker: str = Field("4GiB", description="memory one task may use, e.g. 4GiB")
+
+    @field_validator("memory_per_worker")
+    @classmethod
+    def _is_a_size(cls, text: str) -> str:
+        size = TypeAdapter(ByteSize).validate_python(text)
+        if size < 1 << 26:
+            raise ValueError("less than 64MiB is too little for any task")
+        return text
+
+    @property
+    def memory_bytes(self) -> int:
+        """`memory_per_worker` in bytes."""
+        return int(TypeAdapter(ByteSize).validate_python(self.memory_per_worker))
 
 
 @dataclass

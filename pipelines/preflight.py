@@ -3,16 +3,16 @@
 import difflib
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from pydantic import BaseModel
 
 from curation import storage
 from curation.errors import UserError
+from pipelines import catalog
 from pipelines.configuration import RunConfig, SourceConfig
-
-PATH_KEYS = ("urls", "folder", "tars", "parquet")
+from pipelines.sources import source_name
 
 
 def absolute(path: str) -> str:
@@ -31,10 +31,11 @@ def resolve(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"run": absolute(config.run), "sources": sources})
 
 
-def check(config: RunConfig) -> None:
-    """Refuse a run whose files, names or folders cannot be right. Raises UserError."""
+def check(config: RunConfig, stages: Collection[str] = catalog.NAMES) -> None:
+    """Refuse a run whose files, names or folders cannot be right. stages: those to be run. Raises UserError."""
     check_sources(config)
     check_seed_sets(config)
+    check_models(config, stages)
     check_writable(config.run)
 
 
@@ -44,9 +45,11 @@ def check_sources(config: RunConfig) -> None:
         raise UserError("sources: none given; list at least one `as: pool` with urls, folder, tars or parquet")
     if not any(source.role.split(":")[0] == "pool" for source in config.sources):
         raise UserError("sources: no pool among them; give one `as: pool` to take images from")
-    for role, count in Counter(source.role for source in config.sources).items():
+    for name, count in Counter(source_name(s.role, s.origin[1]) for s in config.sources).items():
         if count > 1:
-            raise UserError(f"sources: `as: {role}` stands there {count} times; give each source a name of its own")
+            raise UserError(
+                f"sources: {name} stands there {count} times; give each source a name of its own with `as:`"
+            )
     for number, source in enumerate(config.sources):
         _check_origin(f"sources.{number}", source)
 
@@ -90,6 +93,17 @@ def _seed_sets_named(config: RunConfig) -> Iterator[tuple[str, str]]:
     sets = getattr(block, "seed_sets", None) or {}
     for name in sets:
         yield f"retrieve.seed_sets.{name}", str(name)
+
+
+def check_models(config: RunConfig, stages: Collection[str]) -> None:
+    """The models that are named exist and their weights can be had: before a billion images are fetched for them."""
+    from embeddings.models import registry
+
+    names = list(getattr(config.embed, "models", [])) if "embed" in stages else []
+    if "filter" in stages and config.filter.copy_model:
+        names.append(config.filter.copy_model)
+    for name in dict.fromkeys(names):
+        registry.check(name)
 
 
 def check_writable(run: str) -> None:

@@ -18,6 +18,7 @@ from pipelines.configuration import RunConfig
 from pipelines.context import Context, Outcome
 from pipelines.events import Events
 from pipelines.run_directory import RunDirectory
+from pipelines.sources import source_name
 
 
 def run(
@@ -35,7 +36,7 @@ def run(
     config = preflight.resolve(config)
     steps = selected(config, first, last)
     again = len(catalog.STAGES) if rebuild is None else catalog.position(rebuild, "--rebuild")
-    preflight.check(config)
+    preflight.check(config, [stage.name for stage in steps])
     with lock.hold(config.run):
         events = events or Events(storage.join(config.run, "events.jsonl"))
         context = Context(run=RunDirectory(config.run), seed=config.seed, resources=config.resources, events=events)
@@ -82,7 +83,7 @@ def _execute(stage: Stage, context: Context, config: RunConfig) -> Iterator[Outc
         if kind == "urls":
             yield stages["download"].execute(context, config.download, urls=origin, **about)
         else:
-            yield stages["import"].execute(context, kind=kind, origin=origin, **about)
+            yield stages["import"].execute(context, kind=kind, origin=origin, label_column=source.label_column, **about)
 
 
 def _refuse_gap(context: Context, config: RunConfig, first: str | None) -> None:
@@ -147,8 +148,8 @@ def _shown(document: dict[str, Any], key: str) -> str:
 
 def _name_strangers(context: Context, config: RunConfig) -> None:
     """Sources that the run holds and the configuration does not list stay in it: said, not guessed at."""
-    listed = {source.role for source in config.sources}
-    strangers = [s.name for s in context.run.sources() if s.name not in listed and s.role not in listed]
+    listed = {source_name(source.role, source.origin[1]) for source in config.sources}
+    strangers = [source.name for source in context.run.sources() if source.name not in listed]
     if strangers:
         context.events.emit(
             "warning",

@@ -1,0 +1,136 @@
+"""The machines a plan can be made for, and what is assumed of them and of web images.
+
+None of these numbers is measured by this project unless its origin says so: they are there to be replaced by yours.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+
+from curation.errors import UserError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A machine, or several of one kind. The rates are sustained, not peak, and assumed."""
+
+    name: str
+    nodes: int
+    cores_per_node: int
+    gpus_per_node: int
+    memory_per_node: int
+    core_flop_s: float
+    gpu_flop_s: float
+    disk_bytes_s: float
+    network_bytes_s: float
+
+    @property
+    def cores(self) -> int:
+        return self.nodes * self.cores_per_node
+
+    @property
+    def gpus(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def flop_s(self) -> float:
+        """Of all GPUs, or of all cores where there is none."""
+        return self.gpus * self.gpu_flop_s if self.gpus else self.cores * self.core_flop_s
+
+    def describe(self) -> str:
+        """`20 nodes of 40 cores and 8 GPUs (v100x160)`."""
+        each = f"{self.cores_per_node} cores" + (f" and {self.gpus_per_node} GPUs" if self.gpus_per_node else "")
+        return f"{self.nodes} node{'s' if self.nodes > 1 else ''} of {each} ({self.name})"
+
+
+@dataclass(frozen=True)
+class Assumption:
+    """A number the plan rests on, and where it is from."""
+
+    name: str
+    value: float
+    unit: str
+    origin: str
+
+
+V100_FLOP_S = 40e12
+H100_FLOP_S = 400e12
+CORE_FLOP_S = 40e9
+DISK_BYTES_S = 1e9
+NETWORK_BYTES_S = 1e9
+
+CLUSTERS = {
+    "v100x160": Hardware("v100x160", 20, 40, 8, 512 * 2**30, CORE_FLOP_S, V100_FLOP_S, DISK_BYTES_S, NETWORK_BYTES_S),
+    "h100x8": Hardware("h100x8", 1, 96, 8, 1024 * 2**30, CORE_FLOP_S, H100_FLOP_S, 4 * DISK_BYTES_S, NETWORK_BYTES_S),
+}
+"""v100x160: what the DINOv2 paper used for its search (20 nodes of 8 V100-32GB); its cores and disks are assumed."""
+
+WEB_IMAGE_BYTES = Assumption("image_bytes", 100e3, "B per image", "assumed: a web image as served")
+ASSUMPTIONS = (
+    WEB_IMAGE_BYTES,
+    Assumption("row_bytes", 250.0, "B per row", "assumed: a row of the images table, compressed"),
+    Assumption("download_rate", 20.0, "images/s per core", "assumed: slow hosts, retries and robots.txt included"),
+    Assumption("decode_rate", 200.0, "images/s per core", "assumed: JPEG of that size, decoded and resized"),
+    Assumption("blurred_share", 0.1, "of images", "assumed: images with faces, stored once more"),
+    Assumption("filter_share", 1.0, "of images kept", "upper bound: nothing is assumed to be dropped"),
+    Assumption("self_share", 1.1 / 1.3, "of pool kept", "DINOv2, appendix A: 1.3 B to 1.1 B"),
+    Assumption("reference_share", 0.744 / 1.1, "of pool kept", "DINOv2, appendix A: 1.1 B to 744 M"),
+    Assumption("imbalance", 1.8, "x mean cell", "upper end of 1.3-1.75 measured with two cores on 0.1-1 M vectors"),
+    Assumption("union_rate", 13.6e6, "edges/s, one core", "measured: union-find over 2e9 edges, numba"),
+)
+
+MODELS: dict[str, tuple[float, int]] = {
+    "mobilenet_v2": (0.6e9, 1280),
+    "sscd": (13.6e9, 512),
+    "sscd_distilled": (13.6e9, 512),
+    "open_clip:ViT-B-32": (8.8e9, 512),
+    "open_clip:ViT-L-14": (162e9, 768),
+    "open_clip:ViT-H-14": (334e9, 1024),
+    "timm:vit_small_patch14_dinov2.lvd142m": (95e9, 384),
+    "timm:vit_large_patch14_dinov2.lvd142m": (1.0e12, 1024),
+    "timm:vit_huge_patch14_gap_224.in22k_ijepa": (334e9, 1280),
+}
+"""FLOP per image (a multiply and an add are two) and dimension, from the layers' shapes."""
+UNKNOWN_MODEL = (334e9, 1280)
+
+
+def model_cost(name: str) -> tuple[float, int, bool]:
+    """(FLOP per image, dimension, known) of a model; one that is not listed counts as a ViT-H/14."""
+    for key in (name, name.partition("/")[0], name.partition(":")[0]):
+        if key in MODELS:
+            return (*MODELS[key], True)
+    return (*UNKNOWN_MODEL, False)
+
+
+def this_machine() -> Hardware:
+    """Cores, memory and GPUs of this machine as found; its rates are assumed like all others."""
+    from pipelines import doctor
+
+    gpus = len(doctor.gpu_names())
+    return Hardware(
+        "this machine",
+        1,
+        doctor.usable_cores(),
+        gpus,
+        doctor.usable_memory(),
+        CORE_FLOP_S,
+        H100_FLOP_S / 4,
+        DISK_BYTES_S,
+        NETWORK_BYTES_S / 10,
+    )
+
+
+def hardware(
+    name: str, *, nodes: int | None = None, gpus_per_node: int | None = None, cores_per_node: int | None = None
+) -> Hardware:
+    """Hardware by name (`this`, or one of CLUSTERS) with its counts changed. Raises UserError."""
+    if name != "this" and name not in CLUSTERS:
+        known = ["this", *CLUSTERS]
+        close = difflib.get_close_matches(name, known, 1)
+        raise UserError(
+            f"--hardware {name}: {f'did you mean `{close[0]}`?' if close else 'known: ' + ', '.join(known)}"
+        )
+    found = this_machine() if name == "this" else CLUSTERS[name]
+    changes = {"nodes": nodes, "gpus_per_node": gpus_per_node, "cores_per_node": cores_per_node}
+    given = {key: value for key, value in changes.items() if value is not None}
+    return dataclasses.replace(found, **given)  # type: ignore[arg-type]
