@@ -316,7 +316,7 @@ def _plus_plus(vectors: np.ndarray, count: int, random: np.random.Generator) -> 
         potential = after[best]
         chosen.append(int(candidates[best]))
         taken[candidates[best]] = True
-    return vectors[np.array(chosen)].copy()
+    return np.asarray(vectors[np.array(chosen)])
 
 
 def _squares(vectors: np.ndarray, norms: np.ndarray, candidates: np.ndarray) -> np.ndarray:

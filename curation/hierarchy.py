@@ -161,11 +161,17 @@ def level_file(level: int) -> str:
     return f"centroids/level-{level + 1}.parquet"
 
 
-def read_hierarchy(folder: str) -> tuple[Hierarchy, list[np.ndarray], str | None]:
-    """(hierarchy, sizes of every level, model) of a folder of clusters. Raises UserError."""
-    paths = []
+def level_paths(folder: str) -> list[str]:
+    """The files of centroids that are there, leaf first."""
+    paths: list[str] = []
     while storage.exists(storage.join(folder, level_file(len(paths)))):
         paths.append(storage.join(folder, level_file(len(paths))))
+    return paths
+
+
+def read_hierarchy(folder: str) -> tuple[Hierarchy, list[np.ndarray], str | None]:
+    """(hierarchy, sizes of every level, model) of a folder of clusters. Raises UserError."""
+    paths = level_paths(folder)
     if not paths:
         where = "has no centroids/level-1.parquet" if storage.exists(folder) else "does not exist"
         raise UserError(f"{folder}: {where}; give a folder that `curate cluster` wrote")

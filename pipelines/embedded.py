@@ -1,13 +1,19 @@
 """Which embeddings the selection stages work on: the pool and the seed sets of a run, or folders from elsewhere."""
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from curation import storage, vectors
 from curation.errors import UserError
+from curation.order import hash_keys
 from curation.vectors import VectorSet
 from pipelines.context import Context
 from pipelines.run_directory import Generation, Source
@@ -25,7 +31,7 @@ class EmbeddingPart:
 
 
 def stage_of(context: Context, model: str | None) -> str:
-    """`embed/FOLDER` of the model asked for; by default the first of the run's embed.models, or the only one there is."""
+    """`embed/FOLDER` of the model asked for; else of the first of the run's embed.models, or of the only one there."""
     from embeddings.models.registry import slug
 
     fs, inner = storage.filesystem(context.run.path("embed"))
@@ -36,7 +42,8 @@ def stage_of(context: Context, model: str | None) -> str:
         if slug(model) not in there:
             known = f"there is {', '.join(there)}" if there else "there are none"
             raise UserError(
-                f"{context.run.path('embed', slug(model))}: no embeddings of {model} ({known}); run `curate embed` first"
+                f"{context.run.path('embed', slug(model))}: no embeddings of {model} ({known}); "
+                "run `curate embed` first"
             )
         return f"embed/{slug(model)}"
     if not there:
@@ -101,6 +108,52 @@ def folder_parts(folder: str) -> tuple[VectorSet, list[EmbeddingPart]]:
 def open_parts(parts: Sequence[EmbeddingPart]) -> VectorSet:
     """The vectors of the parts that have rows."""
     return vectors.open_files([part.path for part in parts if part.rows])
+
+
+def cluster_paths(folder: str) -> list[str]:
+    """The parts of a folder that `curate cluster` wrote. Raises UserError for another folder."""
+    paths = storage.list_files(folder, ".parquet")
+    if not paths:
+        where = "holds no *.parquet" if storage.exists(folder) else "does not exist"
+        raise UserError(f"{folder}: {where}; give a folder that `curate cluster` wrote")
+    for path in paths:
+        try:
+            names = pq.read_schema(io.BytesIO(storage.read_bytes(path))).names
+        except (OSError, pa.ArrowInvalid) as error:
+            raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+        missing = [name for name in ("image_id", "cluster_1", "distance") if name not in names]
+        if missing:
+            raise UserError(f"{path}: no column `{missing[0]}`; give a folder that `curate cluster` wrote")
+    return paths
+
+
+def leaf_sizes(context: Context, paths: Iterable[str], count: int) -> np.ndarray:
+    """(count,) int64 images per leaf cluster in these parts of a table of clusters."""
+    sizes = np.zeros(count, np.int64)
+    for _, part in context.spread(_count_leaves, ((path, (path, count)) for path in paths)):
+        sizes += part
+    return sizes
+
+
+def _count_leaves(path: str, count: int, _: None) -> np.ndarray:
+    leaves = pq.read_table(io.BytesIO(storage.read_bytes(path)), columns=["cluster_1"])["cluster_1"].to_numpy()
+    if len(leaves) and (leaves.min() < 0 or leaves.max() >= count):
+        raise UserError(f"{path}: a cluster outside the {count:,} of the centroids beside it; cluster the pool again")
+    return np.bincount(leaves, minlength=count)
+
+
+def ids_digest(context: Context, paths: Iterable[str]) -> tuple[int, int]:
+    """(rows, sum of hashed ids modulo 2^64) of Parquet files: equal for equal sets of ids, however they are cut."""
+    rows, total = 0, 0
+    for _, (count, part) in context.spread(_digest_ids, ((path, (path,)) for path in paths)):
+        rows += count
+        total = (total + part) % 2**64
+    return rows, total
+
+
+def _digest_ids(path: str, _: None) -> tuple[int, int]:
+    ids = pq.read_table(io.BytesIO(storage.read_bytes(path)), columns=["image_id"])["image_id"].to_numpy()
+    return len(ids), int(np.sum(hash_keys(ids, 0, "digest"), dtype=np.uint64))
 
 
 def files_digest(paths: Iterable[str]) -> str:

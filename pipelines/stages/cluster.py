@@ -5,6 +5,7 @@ assigns its rows to the stored centroids: clusters never change under what was b
 """
 
 import io
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -41,7 +42,7 @@ class ClusterConfig(StageConfig):
     spherical: bool = Field(False, description="keep centroids at unit length: clusters by cosine")
     resample_steps: list[int] = Field(
         [],
-        description="per level, leaf first: times to re-run k-means on the points nearest each centroid; default 0,10,10,…",
+        description="per level, leaf first: re-runs of k-means on the points nearest each centroid; default 0,10,10,…",
     )
     resample_size: list[int] = Field(
         [], description="per level: points nearest each centroid to re-run on; default half the mean cluster"
@@ -52,7 +53,7 @@ class ClusterConfig(StageConfig):
     def _shrinking(cls, levels: list[int]) -> list[int]:
         if any(count < 1 for count in levels):
             raise ValueError("a level has at least 1 cluster")
-        if any(coarse >= fine for fine, coarse in zip(levels, levels[1:], strict=False)):
+        if any(coarse >= fine for fine, coarse in itertools.pairwise(levels)):
             raise ValueError("every level needs fewer clusters than the one before it (leaf first)")
         return levels
 
@@ -100,7 +101,8 @@ def execute(context: Context, config: ClusterConfig, *, embeddings: str | None =
 def _refuse_too_few(rows: int, config: ClusterConfig, where: str) -> None:
     if config.levels[0] > rows:
         raise UserError(
-            f"cluster.levels: {config.levels[0]:,} clusters of {rows:,} images in {where}; ask for at most as many clusters as images"
+            f"cluster.levels: {config.levels[0]:,} clusters of {rows:,} images in {where}; "
+            "ask for at most as many clusters as images"
         )
 
 
@@ -116,7 +118,7 @@ def _cluster(context: Context, config: ClusterConfig, generation: Generation, pa
     metadata = {MODEL_KEY.decode(): model} if model else {}
     tasks = [(part.name, part) for part in parts]
     context.map_parts(generation, tasks, _assign_part, shared=(built, metadata))
-    counted = _leaf_sizes(context, generation, built.levels[0])
+    counted = embedded.leaf_sizes(context, generation.part_paths, built.levels[0])
     sizes = [old + new for old, new in zip(sizes, built.sizes(counted), strict=True)]
     for level in range(len(built.levels)):
         data = hierarchy.level_bytes(built, level, sizes[level], metadata)
@@ -143,20 +145,6 @@ def _assign_part(
     labels, squares = nearest_centroid(rows, built.centroids[0])
     table = hierarchy.clusters_table(ids, built, labels, squares)
     return writer.write(name, table, counts={"squares": float(squares.sum())}, metadata=metadata)
-
-
-def _leaf_sizes(context: Context, generation: Generation, count: int) -> np.ndarray:
-    """(count,) int64 images per leaf cluster in a generation."""
-    sizes = np.zeros(count, np.int64)
-    calls = ((path, (path, count)) for path in generation.part_paths)
-    for _, part in context.spread(_count_part, calls):
-        sizes += part
-    return sizes
-
-
-def _count_part(path: str, count: int, _: None) -> np.ndarray:
-    leaves = pq.read_table(io.BytesIO(storage.read_bytes(path)), columns=["cluster_1"])["cluster_1"].to_numpy()
-    return np.bincount(leaves, minlength=count)
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -199,7 +187,9 @@ def _trained(
     arrays = {f"centroids_{k}": array for k, array in enumerate(built.centroids)}
     arrays |= {f"parents_{k}": array for k, array in enumerate(built.parents)}
     data = io.BytesIO()
-    np.savez(data, fingerprint=np.array(digest), **{k: np.asarray(v) for k, v in summary.items()}, **arrays)
+    arrays |= {name: np.asarray(value) for name, value in summary.items()}
+    arrays["fingerprint"] = np.array(digest)
+    np.savez(data, **arrays)  # type: ignore[arg-type]
     storage.write_whole(path, data.getvalue())
     return built, summary
 
@@ -213,8 +203,8 @@ def _sample(context: Context, config: ClusterConfig, generation: Generation, ope
     if wanted < opened.rows:
         # Keys are uniform: six standard deviations more than the expected number hold the ones wanted.
         bound = min(1.0, (wanted + 6 * wanted**0.5 + 6) / opened.rows)
-        calls = ((p.path, (p.path, context.seed, int(bound * (2**64 - 1)))) for p in partitions)
-        keys = np.concatenate([found for _, found in context.spread(_low_keys, calls)])
+        key_calls = ((p.path, (p.path, context.seed, int(bound * (2**64 - 1)))) for p in partitions)
+        keys = np.concatenate([found for _, found in context.spread(_low_keys, key_calls)])
         cut = np.partition(keys, wanted - 1)[wanted - 1] if len(keys) >= wanted else cut
     share = wanted / opened.rows
     groups: list[list[str]] = [[]]
