@@ -57,6 +57,16 @@ def gpus() -> float:
     return float(ray.cluster_resources().get("GPU", 0))
 
 
+def gpu_name() -> str | None:
+    """The type of GPU that the cluster offers, the first by name; None without one."""
+    import ray
+
+    if not gpus():
+        return None
+    kinds = sorted(name for name in ray.cluster_resources() if name.startswith("accelerator_type:"))
+    return kinds[0].removeprefix("accelerator_type:") if kinds else "GPU"
+
+
 def spread(
     function: Callable[..., Any],
     calls: Iterable[tuple[str, tuple[Any, ...]]],

@@ -98,17 +98,25 @@ def _persistently(tasks: Sequence[tuple[str, Any]], *arguments: Any) -> Iterator
                 deaths = 0
                 yield name, made
         except _WorkerDiedError as death:
-            deaths += 1
+            deaths += 1 if death.is_actor else RETRIES + 1
             if deaths > RETRIES:
-                raise UserError(
-                    f"the workers of the image pass died {deaths} times in a row ({death}), the first part left is {next(iter(left))}; "
-                    "use fewer workers or look at Ray's logs, then run the same command again: finished parts are kept",
-                    exit_code=1,
-                ) from death
+                raise _give_up(death, left) from death
+
+
+def _give_up(death: BaseException, left: Mapping[str, Any]) -> UserError:
+    return UserError(
+        f"the workers of the image pass keep dying ({death}); the first part left is {next(iter(left))}: "
+        "use fewer workers or look at Ray's logs, then run the same command again (finished parts are kept)",
+        exit_code=1,
+    )
 
 
 class _WorkerDiedError(Exception):
-    """A process of the pass ended without an answer."""
+    """A process of the pass ended without an answer: an actor once, or a decode worker every time Ray tried."""
+
+    def __init__(self, kind: str, is_actor: bool) -> None:
+        super().__init__(kind)
+        self.is_actor = is_actor
 
 
 def _run(
@@ -241,10 +249,9 @@ def _translated(error: BaseException) -> BaseException:
     """The UserError inside an error of Ray Data, _WorkerDiedError for a death; else the error."""
     import ray
 
-    deaths = (
+    actor_deaths = (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError)
+    other_deaths = (
         ray.exceptions.WorkerCrashedError,
-        ray.exceptions.ActorDiedError,
-        ray.exceptions.ActorUnavailableError,
         ray.exceptions.NodeDiedError,
         ray.exceptions.OutOfMemoryError,
     )
@@ -257,9 +264,9 @@ def _translated(error: BaseException) -> BaseException:
             cause = getattr(one, "cause", None)
             queue += [one.__cause__, one.__context__, cause if isinstance(cause, BaseException) else None]
     for one in chain:
-        if isinstance(one, UserError):
+        if isinstance(one, UserError) and not isinstance(one, ray.exceptions.RayTaskError):
             return one
     for one in chain:
-        if isinstance(one, deaths):
-            return _WorkerDiedError(type(one).__name__)
+        if isinstance(one, (*actor_deaths, *other_deaths)):
+            return _WorkerDiedError(type(one).__name__, isinstance(one, actor_deaths))
     return error

@@ -1,1 +1,4 @@
-"""One module per family of models, each with `preparation`, `check`, `load` and LIBRARIES; `registry` finds them by name."""
+"""One module per family of models, found by name through `registry`.
+
+Each has `preparation`, `identity`, `check`, `uses_gpu`, `load` and LIBRARIES.
+"""

@@ -24,7 +24,7 @@ def run(
             pixels = torch.from_numpy(np.array(batch)).to(device).permute(0, 3, 1, 2).to(torch.float32)
             centre = torch.tensor(mean, device=device).mul(255).view(1, 3, 1, 1)
             scale = torch.tensor(std, device=device).mul(255).view(1, 3, 1, 1)
-            rows = forward(((pixels - centre) / scale).contiguous())
+            rows = forward((pixels - centre) / scale)  # NHWC in memory, as channels-last convolutions like it
             return np.asarray(rows.flatten(1).to(torch.float32).cpu().numpy())
     finally:
         if device == "cpu" and threads != 1:

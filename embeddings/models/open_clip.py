@@ -1,5 +1,6 @@
 """Image towers of open_clip, by architecture and pretrained tag."""
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,19 @@ def preparation(name: str) -> Preparation:
 
 def check(name: str) -> None:
     """Raise UserError if open_clip knows no such model, or its weights are neither here nor to be had."""
+    identity(name)
+
+
+def uses_gpu(name: str) -> bool:
+    """Whether a GPU would be used."""
+    return True
+
+
+@functools.lru_cache(maxsize=4)
+def identity(name: str) -> dict[str, Any]:
+    """The digest of the weights as loaded, and the preprocessing. Downloads them if a hub answers."""
     _settings(name)
-    load(name, "cpu")
+    return load(name, "cpu").identity
 
 
 def load(name: str, device: str) -> "OpenClip":
@@ -59,7 +71,7 @@ class OpenClip:
         self.identity: dict[str, Any] = {
             "name": name,
             "weights": state_digest(self._tower),
-            "preprocessing": {**self._preparation.describe(), "mean": self._mean, "std": self._std},
+            "preprocessing": {**self._preparation.describe(), "mean": list(self._mean), "std": list(self._std)},
             "dimension": self.dimension,
         }
 

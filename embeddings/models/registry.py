@@ -3,6 +3,9 @@
 `preparation(name)` is for the workers that decode and loads no weights; `load(name, device)` for the actors.
 """
 
+import glob
+import json
+import os
 import re
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -10,6 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from curation.errors import UserError
+from curation.vectors import MODEL_KEY
 from embeddings.preprocessing import Preparation
 
 FAMILIES = {
@@ -28,7 +32,7 @@ class ImageModel(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """name, weights, preprocessing, dimension: what makes vectors comparable; stored with them as JSON."""
+        """name, weights, preprocessing, dimension: what makes vectors comparable; stored with them (`metadata`)."""
         ...
 
     @property
@@ -67,6 +71,17 @@ def check(name: str) -> None:
     _family(name).check(name)
 
 
+def identity(name: str) -> dict[str, Any]:
+    """What `load(name).identity` would be. Hub models are loaded for it, the others are not."""
+    found: dict[str, Any] = _family(name).identity(name)
+    return found
+
+
+def uses_gpu(name: str) -> bool:
+    """Whether the model would run on a GPU, were there one."""
+    return bool(_family(name).uses_gpu(name))
+
+
 def libraries(name: str) -> tuple[str, ...]:
     """Distributions whose arithmetic decides the vectors."""
     found: tuple[str, ...] = _family(name).LIBRARIES
@@ -85,6 +100,11 @@ def embed_rows(model: ImageModel, prepared: np.ndarray) -> np.ndarray:
     return rows
 
 
+def metadata(identity: Mapping[str, Any]) -> dict[str, str]:
+    """The Parquet metadata of vectors: the identity as JSON under vectors.MODEL_KEY."""
+    return {MODEL_KEY.decode(): json.dumps(dict(identity), sort_keys=True)}
+
+
 def slug(name: str) -> str:
     """The folder of a model under `embed/`: lower case letters, digits, `-`, `_`, `.`."""
     if ":" in name and name.split(":", 1)[0] in ("checkpoint", "sscd"):
@@ -94,7 +114,9 @@ def slug(name: str) -> str:
 
 
 def best_device() -> str:
-    """`cuda` where torch finds a GPU, else `cpu`."""
+    """`cuda` where torch finds a GPU, else `cpu`. Without NVIDIA's device files torch is not even imported."""
+    if not glob.glob("/dev/nvidia[0-9]*") and not os.path.exists("/dev/dxg"):
+        return "cpu"
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"

