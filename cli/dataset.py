@@ -1,7 +1,65 @@
-"""Commands: to be written."""
+"""`curate manifest` and `curate report`: the dataset as one table, and the page to look at it."""
+
+from typing import Any
 
 import typer
+
+from cli import session
+from cli.options import config_options
+from cli.terminal import ProgressDisplay
+from curation import storage
+from curation.errors import UserError
+from pipelines.stages import manifest as manifest_stage
+from pipelines.stages import report as report_stage
 
 
 def register(app: typer.Typer) -> None:
     """Add the commands of this file to `curate`."""
+
+    @app.command("manifest", epilog="Example: curate manifest runs/demo")
+    @config_options(manifest_stage.ManifestConfig)
+    def manifest(
+        run: session.RunArgument = None,
+        rebuild: session.RebuildOption = False,
+        ray_address: session.RayOption = None,
+        workers: session.WorkersOption = None,
+        json: session.JsonOption = False,
+        *,
+        overrides: dict[str, Any],
+    ) -> None:
+        """Write the manifest: one row per image of the mix with its provenance, and the data card beside it."""
+        root = _existing(run, "manifest")
+        config = session.resolve(manifest_stage.ManifestConfig, root, "manifest", overrides)
+        with ProgressDisplay(quiet=json) as display:
+            context = session.context(root, rebuild=rebuild, ray_address=ray_address, workers=workers, display=display)
+            outcome = manifest_stage.execute(context, config)
+        session.print_outcome(outcome, json)
+
+    @app.command("report", epilog="Example: curate report runs/demo --max-megabytes 20")
+    @config_options(report_stage.ReportConfig)
+    def report(
+        run: session.RunArgument = None,
+        rebuild: session.RebuildOption = False,
+        ray_address: session.RayOption = None,
+        workers: session.WorkersOption = None,
+        json: session.JsonOption = False,
+        *,
+        overrides: dict[str, Any],
+    ) -> None:
+        """Write RUN/report: a page with counts and pictures of every stage, which opens from disk."""
+        root = _existing(run, "report")
+        config = session.resolve(report_stage.ReportConfig, root, "report", overrides)
+        with ProgressDisplay(quiet=json) as display:
+            context = session.context(root, rebuild=rebuild, ray_address=ray_address, workers=workers, display=display)
+            outcome = report_stage.execute(context, config)
+        session.print_outcome(outcome, json)
+        if not json:
+            typer.echo(storage.join(outcome.out, report_stage.PAGE))
+
+
+def _existing(run: str | None, command: str) -> str:
+    if run is None:
+        raise UserError(f"give a run directory: curate {command} RUN")
+    if not storage.exists(run):
+        raise UserError(f"{run}: no such run directory; `curate run CONFIG` or `curate download` makes one")
+    return run

@@ -9,8 +9,8 @@ ROLES = ("pool", "seed", "reference")
 
 EXPLAINED = {
     "duplicate_url": "URL listed before",
-    "self": "near-duplicate of a kept image",
-    "reference": "matches an evaluation set",
+    "self": "near copy of another",
+    "reference": "evaluation match",
     "exact": "exact copy",
     "hash": "PCA-hash copy",
 }

@@ -58,6 +58,11 @@ def duplicate_counts(paths: Sequence[str]) -> pa.Table:
     return count_by(paths, keys)
 
 
+def count_by_reason(paths: Sequence[str], where: Any) -> list[dict[str, Any]]:
+    """`reason`, `images` of the rows of DUPLICATES for which `where` holds."""
+    return list(count_by(paths, {"reason": pc.field("reason")}, where).to_pylist())
+
+
 def source_counts(paths: Sequence[str]) -> pa.Table:
     """`source_number`, `images` of any table with `image_id`."""
     return count_by(paths, {"source_number": SOURCE_NUMBER})

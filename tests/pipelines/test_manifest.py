@@ -90,7 +90,7 @@ def test_funnel_of_the_card_adds_up(whole: tuple[SyntheticRun, list[dict], dict]
     assert steps[-1]["images"] == sum(row["image_id"] >> 40 == 0 for row in rows)
     lost = {entry["reason"]: entry["images"] for step in steps for entry in step["lost"]}
     assert lost["failed: http_404"] == 4 and lost["dropped: solid_colour"] == 4
-    assert lost["near-duplicate of a kept image"] == 4 and lost["matches an evaluation set"] == 8
+    assert lost["near copy of another"] == 4 and lost["evaluation match"] == 8
 
 
 def test_card_names_no_place_or_time(whole: tuple[SyntheticRun, list[dict], dict]) -> None:
