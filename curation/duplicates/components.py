@@ -29,7 +29,7 @@ def best_members(labels: np.ndarray, value: np.ndarray) -> np.ndarray:
 
 def earliest_members(labels: np.ndarray) -> np.ndarray:
     """(n,) bool: the smallest node of each component."""
-    return labels == np.arange(len(labels), dtype=labels.dtype)
+    return np.asarray(labels == np.arange(len(labels), dtype=labels.dtype))
 
 
 @dataclass(frozen=True)

@@ -244,9 +244,14 @@ def _boruvka(low: np.ndarray, high: np.ndarray, similarity: np.ndarray, count: i
             kept += 1
             for root in (one, other):
                 rival = best[root]
-                if rival < 0 or similarity[edge] > similarity[rival] or (similarity[edge] == similarity[rival] and (
-                    low[edge] < low[rival] or (low[edge] == low[rival] and high[edge] < high[rival])
-                )):
+                if (
+                    rival < 0
+                    or similarity[edge] > similarity[rival]
+                    or (
+                        similarity[edge] == similarity[rival]
+                        and (low[edge] < low[rival] or (low[edge] == low[rival] and high[edge] < high[rival]))
+                    )
+                ):
                     best[root] = edge
         left = kept
         for root in range(count):

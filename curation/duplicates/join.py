@@ -9,6 +9,7 @@ and the visits are chosen for the recall asked for. Tasks return forests, never 
 Functions whose first argument is a `Scratch` run in workers.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -93,10 +94,10 @@ def self_join(
     fresh, rows = members.fresh_rows, members.rows
     pairs = fresh * rows - fresh * (fresh + 1) // 2
     if pairs * members.dimension <= options.exact_multiply_adds:
-        return JoinResult(_exact(members, options, scratch, spread), _exact_report(members, options))
+        return JoinResult(exact_join(members, options, scratch, spread), _exact_report(members, options))
     plan = _plan(members, ids, options, scratch, spread)
     if plan.visits_cost(rows) >= rows / 2:
-        return JoinResult(_exact(members, options, scratch, spread), _exact_report(members, options))
+        return JoinResult(exact_join(members, options, scratch, spread), _exact_report(members, options))
     forest = _by_cells(members, plan, options, scratch, spread)
     return JoinResult(forest, _cells_report(members, plan, forest, options, thresholds))
 
@@ -111,7 +112,7 @@ class Tile:
     spans: tuple[tuple[int, int, int], ...]
     fresh: bool
 
-    def load(self, scratch: Scratch) -> tuple[np.ndarray, np.ndarray]:
+    def load(self, scratch: Scratch | Reader) -> tuple[np.ndarray, np.ndarray]:
         """((n,) uint32 nodes, (n, d) float32 vectors)."""
         nodes = [scratch.get(f"store/{p:05d}", "nodes")[a:b] for p, a, b in self.spans]
         vectors = [scratch.get(f"store/{p:05d}", "vectors")[a:b].astype(np.float32) for p, a, b in self.spans]
@@ -159,7 +160,8 @@ def tiles(members: Members) -> list[Tile]:
     return result
 
 
-def _exact(members: Members, options: JoinOptions, scratch: Scratch, spread: Spread) -> np.ndarray:
+def exact_join(members: Members, options: JoinOptions, scratch: Scratch, spread: Spread) -> np.ndarray:
+    """The forest of all pairs with a fresh end, tile by tile of the upper half."""
     store(members, scratch, spread)
     cut = tiles(members)
     calls = []
@@ -385,18 +387,15 @@ def search_queries(piece: Piece, dimension: int, shared: Any) -> tuple[np.ndarra
     for rows, columns, values in products.pairs_above(
         vectors, wide, min(options.threshold, options.target), starts, half=half, on=products.device()
     ):
-        rows, columns, values, weight = _thin(rows, columns, values, queries, nodes)
-        for k in range(0, len(rows), 4096):
-            part = np.empty(len(rows[k : k + 4096]), recalls.SAMPLE_PAIR)
-            part["query"], part["node"] = queries[rows[k : k + 4096]], nodes[columns[k : k + 4096]]
-            part["similarity"], part["weight"] = values[k : k + 4096], weight[k : k + 4096]
-            step = max(1, SCORE_ELEMENTS // len(centroids))
-            for j in range(0, len(part), step):
-                chunk = slice(k + j, k + min(j + step, len(part)))
-                part["visits"][j : j + step] = recalls.visits_needed(
-                    vectors[rows[chunk]], wide[columns[chunk]], centroids
-                )
-            parts.append(part)
+        asked, other, cosine, weight = _thin(rows, columns, values, queries, nodes)
+        part = np.empty(len(asked), recalls.SAMPLE_PAIR)
+        part["query"], part["node"] = queries[asked], nodes[other]
+        part["similarity"], part["weight"] = cosine, weight
+        step = max(1, SCORE_ELEMENTS // len(centroids))
+        for begin in range(0, len(part), step):
+            chunk = slice(begin, begin + step)
+            part["visits"][chunk] = recalls.visits_needed(vectors[asked[chunk]], wide[other[chunk]], centroids)
+        parts.append(part)
     every = max(1, len(wide) // 512)
     homes = np.bincount((wide[::every] @ centroids.T).argmax(axis=1), minlength=len(centroids)) * every
     return np.concatenate(parts), homes
@@ -434,13 +433,8 @@ def _by_cells(members: Members, plan: Plan, options: JoinOptions, scratch: Scrat
         sizes[2 + int(piece.fresh)] += np.diff(scratch.get(group, "visitor_offsets"))
     tasks = cell_tasks(sizes, members.dimension, options.memory_bytes)
     kinds = tuple(piece.fresh for piece in members.pieces)
-    todo = [
-        (
-            f"forest/{t.first:07d}-{t.begin:012d}",
-            (scratch, f"forest/{t.first:07d}-{t.begin:012d}", t, members.half, options),
-        )
-        for t in tasks
-    ]
+    names = [f"forest/{task.first:07d}-{task.begin:012d}" for task in tasks]
+    todo = [(name, (scratch, name, task, members.half, options)) for name, task in zip(names, tasks, strict=True)]
     return collect(scratch, todo, join_cells, spread, members.count, options, shared=kinds)
 
 
@@ -540,7 +534,7 @@ class _Rows:
         nodes, vectors = [], []
         # Equal pieces are neighbours: one read per run.
         edges_at = np.flatnonzero(np.concatenate([[True], pieces[1:] != pieces[:-1], [True]]))
-        for low, high in zip(edges_at[:-1], edges_at[1:], strict=True):
+        for low, high in itertools.pairwise(edges_at):
             group = f"cells/{int(pieces[low]):05d}"
             nodes.append(scratch.get(group, "nodes")[rows[low:high]])
             vectors.append(scratch.get(group, "vectors")[rows[low:high]].astype(np.float32))
@@ -583,7 +577,7 @@ def _cells(scratch: Reader, task: CellTask, kinds: tuple[bool, ...]) -> Iterator
         cell, piece, row = (joined[prefix + key] for key in ("cell", "piece", "row"))
         order = np.argsort(cell, kind="stable")
         bounds = np.searchsorted(cell[order], np.arange(task.first, task.end + 1))
-        for low, high in zip(bounds[:-1], bounds[1:], strict=True):
+        for low, high in itertools.pairwise(bounds):
             mine = order[low:high]
             yield _Rows(piece[mine], row[mine], int((~is_fresh[piece[mine]]).sum()))
 

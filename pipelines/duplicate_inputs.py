@@ -1,0 +1,338 @@
+"""What dedup works on: the copy embeddings of a run, or folders of Parquet from elsewhere.
+
+The driver holds some 30 bytes per image: ids, places in their files, one number to choose representatives by.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation import vectors
+from curation.duplicates.members import Members, Piece, file_pieces, rank
+from curation.errors import UserError
+from curation.vectors import VectorSet
+from pipelines import embedded
+from pipelines.context import Context
+from pipelines.image_parts import read_images, role
+from pipelines.run_directory import Generation
+
+COPY_EMBEDDING = "copy_embedding"
+MAX_REFERENCE_SETS = 254
+COPY_REASONS = {"duplicate_bytes": "exact", "duplicate_pixels": "exact", "duplicate_pca_hash": "hash"}
+
+
+@dataclass(frozen=True)
+class InputPart:
+    """One file of copy embeddings, the table its rows are described in, and the name that output rows keep."""
+
+    name: str
+    vectors: str | None
+    images: str | None
+    """Part of the filter table; None for Parquet from elsewhere."""
+    fresh: bool
+    """Belongs to the generation that is being made."""
+
+
+@dataclass
+class Rows:
+    """Some rows of some parts: ids, places in the parts' files."""
+
+    parts: list[int] = field(default_factory=list)
+    ids: list[np.ndarray] = field(default_factory=list)
+    positions: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, part: int, ids: np.ndarray, positions: np.ndarray) -> None:
+        if len(ids):
+            self.parts.append(part)
+            self.ids.append(ids)
+            self.positions.append(positions.astype(np.uint32))
+
+    @property
+    def count(self) -> int:
+        return sum(len(i) for i in self.ids)
+
+    def all_ids(self) -> np.ndarray:
+        """(n,) uint64, in the order they were added."""
+        return np.concatenate(self.ids) if self.ids else np.empty(0, np.uint64)
+
+    def where(self, mask: np.ndarray) -> "Rows":
+        """The rows at which `mask` (n,) bool is true."""
+        found, begin = Rows(), 0
+        for part, ids, positions in zip(self.parts, self.ids, self.positions, strict=True):
+            mine = mask[begin : begin + len(ids)]
+            found.add(part, ids[mine], positions[mine])
+            begin += len(ids)
+        return found
+
+
+def merged(one: Rows, other: Rows) -> Rows:
+    """Rows of both, part by part, in the order of their places."""
+    found = Rows()
+    for part in sorted({*one.parts, *other.parts}):
+        ids, positions = [], []
+        for rows in (one, other):
+            for k, owner in enumerate(rows.parts):
+                if owner == part:
+                    ids.append(rows.ids[k])
+                    positions.append(rows.positions[k])
+        order = np.argsort(np.concatenate(positions), kind="stable")
+        found.add(part, np.concatenate(ids)[order], np.concatenate(positions)[order])
+    return found
+
+
+@dataclass
+class Inputs:
+    """Everything dedup reads, by role."""
+
+    parts: list[InputPart]
+    dimension: int
+    half: bool
+    pool: Rows
+    seeds: Rows
+    references: list[Rows]
+    """One per reference set; their `parts` index `reference_files`."""
+    reference_names: list[str]
+    reference_files: list[InputPart]
+    value: np.ndarray | None = None
+    """(pool rows,) what the representative is chosen by, largest first; None: the smallest id."""
+    note: str | None = None
+    """What had to be done otherwise than asked."""
+    copies: tuple[np.ndarray, np.ndarray] = (np.empty(0, np.uint64), np.empty(0, np.uint64))
+    """Ids that filter dropped as copies (ascending), and the original of each."""
+
+    def members(self, rows: Rows, places: np.ndarray | None, offset: int, count: int, max_rows: int) -> Members:
+        """Rows as members of a join: row k is node places[k] + offset (None: k + offset)."""
+        return Members(
+            tuple(self._pieces(rows, self.parts, places, offset, max_rows)), self.dimension, self.half, count
+        )
+
+    def reference_members(self, ranked: Sequence[np.ndarray | None], offsets: np.ndarray, max_rows: int) -> Members:
+        """All reference images, set after set. offsets: (spaces + 1,) first node of each space."""
+        pieces: list[Piece] = []
+        for number, rows in enumerate(self.references):
+            pieces += self._pieces(rows, self.reference_files, ranked[number], int(offsets[number + 1]), max_rows)
+        return Members(tuple(pieces), self.dimension, self.half, int(offsets[-1]))
+
+    def _pieces(
+        self, rows: Rows, files: Sequence[InputPart], places: np.ndarray | None, offset: int, max_rows: int
+    ) -> list[Piece]:
+        pieces: list[Piece] = []
+        begin = 0
+        for part, positions in zip(rows.parts, rows.positions, strict=True):
+            span = slice(begin, begin + len(positions))
+            nodes = np.arange(span.start, span.stop) if places is None else places[span].astype(np.int64)
+            begin = span.stop
+            path = files[part].vectors
+            assert path is not None
+            pieces += file_pieces(path, (nodes + offset).astype(np.uint32), positions, files[part].fresh, max_rows)
+        return pieces
+
+
+def from_folders(folder: str, against: Sequence[str], representative: str) -> Inputs:
+    """Plain Parquet: every row of `folder` is pool, every folder of `against` ([NAME=]DIR) a reference set."""
+    opened, named = embedded.folder_parts(folder)
+    parts = [InputPart(part.name, part.path, None, True) for part in named if part.rows]
+    pool = _all_rows(opened)
+    vectors.refuse_repeated_ids(pool.all_ids(), folder)
+    found = Inputs(parts, opened.dimension, opened.dtype == "halffloat", pool, Rows(), [], [], [])
+    for entry in against:
+        name, path = reference_name(entry)
+        if name in found.reference_names:
+            raise UserError(f"--against: {name} is given twice; name the sets apart with NAME=DIR")
+        other = vectors.open_folder(path)
+        vectors.refuse_other_model(opened, other, folder, path)
+        rows = _all_rows(other, len(found.reference_files))
+        vectors.refuse_repeated_ids(rows.all_ids(), path)
+        if other.dtype != opened.dtype:
+            raise UserError(f"{path} holds {other.dtype} vectors, {folder} {opened.dtype}: store both in one type")
+        found.references.append(rows)
+        found.reference_names.append(name)
+        found.reference_files += [InputPart("", p.path, None, True) for p in other.partitions]
+    _refuse_too_many(found.reference_names)
+    _plain_value(found, representative, folder)
+    return found
+
+
+def reference_name(entry: str) -> tuple[str, str]:
+    """`NAME=DIR` or `DIR` (its last folder is the name)."""
+    name, separator, path = entry.partition("=")
+    if separator and "/" not in name:
+        return name, path
+    return entry.rstrip("/").rsplit("/", 1)[-1], entry
+
+
+def from_run(context: Context, generation: Generation, representative: str) -> Inputs:
+    """The images that filter left, with the copy embeddings that score made, of all generations up to this one."""
+    sources = {s.name: s for s in context.run.sources()}
+    earlier = [g for g in context.stage(generation.fingerprint.stage).generations() if g.number < generation.number]
+    fresh = set(generation.consumed["filter"])
+    seen = fresh.union(*(g.consumed["filter"] for g in earlier))
+    scored = {
+        record.name: g.file(f"{COPY_EMBEDDING}/{record.name}.parquet")
+        for g in context.run.stage("score").generations()
+        for record in g.parts
+        if f"{COPY_EMBEDDING}/{record.name}.parquet" in record.files
+    }
+    parts = [
+        InputPart(record.name, scored.get(record.name), g.writer.path(record.name), g.number in fresh)
+        for g in context.run.stage("filter").generations()
+        if g.number in seen
+        for record in g.parts
+    ]
+    parts.sort(key=lambda part: part.name)
+    files = [part.vectors for part in parts if part.vectors is not None]
+    if not files:
+        raise UserError(
+            f"{context.run.path('score')} holds no copy embeddings: run `curate filter` with a copy model first"
+        )
+    opened = vectors.open_files(files)
+    names = [s.label for s in sources.values() if s.role == "reference"]
+    _refuse_too_many(names)
+    found = Inputs(
+        parts, opened.dimension, opened.dtype == "halffloat", Rows(), Rows(), [Rows() for _ in names], names, parts
+    )
+    column = representative.removeprefix("column:") if representative.startswith("column:") else None
+    wanted = ["width", "height"] if representative == "resolution" else [column] if column else []
+    values: list[np.ndarray] = []
+    copies: list[tuple[np.ndarray, np.ndarray]] = []
+    for index, part in enumerate(parts):
+        assert part.images is not None
+        names_read = ["image_id", "source", "status", "error", "duplicate_of"]
+        table = read_images(part.images, list(dict.fromkeys([*names_read, *_known_columns(part.images, wanted)])))
+        copies.append(_copies(table))
+        if part.vectors is None:
+            continue
+        ids = table["image_id"].to_numpy()
+        usable = _strings(table["status"]) == "ok"
+        embedded_ids = _column(part.vectors, "image_id").to_numpy()
+        place = _positions(embedded_ids, ids)
+        lost = usable & (place < 0)
+        if lost.any():
+            raise UserError(
+                f"{part.vectors}: no copy embedding of image {ids[lost][0]} ({int(lost.sum())} such images); "
+                "run `curate filter --rebuild`",
+                exit_code=1,
+            )
+        names_of_rows = _strings(table["source"])
+        for name in dict.fromkeys(names_of_rows.tolist()):
+            mine = usable & (names_of_rows == name)
+            if role(name) == "pool":
+                found.pool.add(index, ids[mine], place[mine])
+                if wanted:
+                    values.append(_value(table, wanted)[mine])
+            elif role(name) == "seed" and not sources[name].exempt:
+                found.seeds.add(index, ids[mine], place[mine])
+            elif role(name) == "reference":
+                found.references[names.index(name.split(":", 1)[1])].add(index, ids[mine], place[mine])
+    found.value = np.concatenate(values) if values else None
+    found.copies = _roots(copies)
+    return found
+
+
+def _all_rows(opened: VectorSet, first_part: int = 0) -> Rows:
+    rows = Rows()
+    ids = opened.all_ids()
+    for index, part in enumerate(opened.partitions):
+        mine = ids[part.first_row : part.first_row + part.rows]
+        rows.add(first_part + index, mine, np.arange(part.rows))
+    return rows
+
+
+def _refuse_too_many(names: Sequence[str]) -> None:
+    if len(names) > MAX_REFERENCE_SETS:
+        raise UserError(f"{len(names)} reference sets; at most {MAX_REFERENCE_SETS} fit, merge some of them")
+
+
+def _plain_value(found: Inputs, representative: str, folder: str) -> None:
+    paths = [part.vectors for part in found.parts if part.vectors is not None]
+    if representative == "resolution":
+        if all({"width", "height"} <= set(pq.read_schema(vectors.open_parquet(p)).names) for p in paths):
+            sides = [
+                [_column(p, name).to_numpy(zero_copy_only=False).astype(np.float64) for name in ("width", "height")]
+                for p in paths
+            ]
+            found.value = np.concatenate([width * height for width, height in sides])
+        else:
+            found.note = (
+                f"{folder} has no columns width and height: the earliest image of a component stays, not the largest"
+            )
+    elif representative.startswith("column:"):
+        name = representative.removeprefix("column:")
+        found.value = np.concatenate([_numbers(_column(p, name), name, p) for p in paths])
+
+
+def _column(path: str, name: str) -> pa.ChunkedArray:
+    names = pq.read_schema(vectors.open_parquet(path)).names
+    if name not in names:
+        raise UserError(f"representative: {path} has no column `{name}` (it has {', '.join(names)})")
+    return pq.read_table(vectors.open_parquet(path), columns=[name])[name]
+
+
+def _known_columns(path: str, wanted: Sequence[str]) -> list[str]:
+    for name in wanted:
+        names = pq.read_schema(vectors.open_parquet(path)).names
+        if name not in names:
+            raise UserError(f"representative: the images table has no column `{name}` (it has {', '.join(names)})")
+    return list(wanted)
+
+
+def _numbers(column: pa.ChunkedArray, name: str, where: str) -> np.ndarray:
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_boolean(kind)):
+        raise UserError(f"representative: column `{name}` of {where} is {kind}, not a number")
+    return np.asarray(column.cast(pa.float64()).to_numpy(), dtype=np.float64)
+
+
+def _value(table: pa.Table, wanted: Sequence[str]) -> np.ndarray:
+    columns = [_numbers(table[name], name, "the images table") for name in wanted]
+    return columns[0] if len(columns) == 1 else np.asarray(columns[0] * columns[1])
+
+
+def _strings(column: pa.ChunkedArray) -> np.ndarray:
+    return np.asarray(column.to_numpy(zero_copy_only=False), dtype=object)
+
+
+def _positions(known: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """(n,) int64 place of each id in `known`, -1 for none."""
+    if not len(known):
+        return np.full(len(ids), -1, np.int64)
+    order = np.argsort(known, kind="stable")
+    place = np.minimum(np.searchsorted(known, ids, sorter=order), len(known) - 1)
+    return np.where(known[order[place]] == ids, order[place], -1)
+
+
+def copy_reason(error: str | None) -> str | None:
+    """exact or hash, of the `error` of a row that filter dropped; None for other reasons."""
+    return COPY_REASONS.get((error or "").split(":", 1)[0].strip())
+
+
+def _copies(table: pa.Table) -> tuple[np.ndarray, np.ndarray]:
+    errors = table["error"].to_pylist()
+    mask = np.array([copy_reason(e) is not None for e in errors], bool)
+    known = table["duplicate_of"].is_valid().to_numpy(zero_copy_only=False)
+    mask = mask & (_strings(table["status"]) == "dropped") & known
+    originals = table["duplicate_of"].fill_null(0).to_numpy()
+    return table["image_id"].to_numpy()[mask], originals[mask]
+
+
+def _roots(copies: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """Copies of copies lead to what they are copies of in the end."""
+    ids = np.concatenate([np.empty(0, np.uint64), *(c for c, _ in copies)])
+    originals = np.concatenate([np.empty(0, np.uint64), *(o for _, o in copies)])
+    order = np.argsort(ids, kind="stable")
+    ids, originals = ids[order], originals[order]
+    for _ in range(64):
+        place = _positions(ids, originals)
+        again = place >= 0
+        if not again.any():
+            break
+        originals = np.where(again, originals[place], originals)
+    return ids, originals
+
+
+def ranked(rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
+    """(ids ascending, place of each row in that order or None): node numbers of one space."""
+    return rank(rows.all_ids())
