@@ -30,7 +30,7 @@ SCRATCH = "_scratch"
 
 
 class FilterConfig(score.ScoreConfig):
-    """Options of `curate filter`: those named here only decide, those of ScoreConfig need a new pass over the pixels."""
+    """Options of `curate filter`: those named here only decide, those of ScoreConfig need a new pass over pixels."""
 
     min_side: int | None = Field(
         64,
@@ -129,9 +129,10 @@ def decide_part(writer: PartWriter, name: str, task: tuple[str, np.ndarray], dec
     for row in np.flatnonzero(reasons != "").tolist():
         status[row], error[row] = "dropped", reasons[row]
     ids = table["image_id"].to_numpy()
-    rows = {int(image): row for row, image in enumerate(ids)}
+    place = {int(image): row for row, image in enumerate(ids)}
     for image, original, reason in drops.tolist():
-        if (row := rows.get(image)) is not None:
+        if image in place:
+            row = place[image]
             status[row], error[row], duplicate_of[row] = "dropped", exact.REASONS[reason], original
     changed: Mapping[str, list[Any]] = {"status": status, "error": error, "duplicate_of": duplicate_of}
     arrays = [pa.array(changed[f.name], f.type) if f.name in changed else table[f.name] for f in IMAGES]
