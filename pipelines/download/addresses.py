@@ -25,6 +25,8 @@ _REFUSED = [
     ipaddress.ip_network(text)
     for text in (
         "168.63.129.16/32",  # Azure's metadata and DNS
+        "192.0.0.0/24",  # protocol assignments; Oracle's metadata is among them
+        "2001::/23",  # protocol assignments
         "192.88.99.0/24",  # relays into 6to4
         "fec0::/10",  # site-local, abolished but routable inside some networks
         "::/8",  # IPv4-compatible and the unspecified address; IPv4-mapped is unwrapped before

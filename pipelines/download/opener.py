@@ -13,7 +13,7 @@ import random
 import ssl
 import time
 import urllib.request
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from email.message import Message
 from typing import Any
@@ -74,9 +74,15 @@ class Opener:
         self._resolvers = concurrent.futures.ThreadPoolExecutor(_RESOLVER_THREADS, "curate-resolve")
         self._resolved: dict[tuple[str, int], tuple[float, list[tuple[int, tuple[str, int]]]]] = {}
 
-    def install(self) -> None:
-        """Let every urlopen of this process go through here."""
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Let every urlopen of this process go through here for a while."""
+        before = urllib.request._opener  # type: ignore[attr-defined]
         urllib.request.install_opener(self)  # type: ignore[arg-type]
+        try:
+            yield
+        finally:
+            urllib.request.install_opener(before)
 
     def open(self, request: Any, data: object = None, timeout: Any = None) -> "Response":
         """What urlopen calls. `timeout` is the total time of one attempt. Raises FetchError."""

@@ -97,10 +97,11 @@ def take_turns(targets: dict[int, addresses.Target]) -> list[tuple[int, str]]:
 
 
 def _download(order: Sequence[tuple[int, str]], rules: ShardRules) -> dict[int, Collected]:
-    worker_opener(rules.token, lambda: _make_opener(rules)).install()
+    opener = worker_opener(rules.token, lambda: _make_opener(rules))
     collector = Collector()
     # img2dataset prints what fails: that is not for anybody's screen.
     with (
+        opener.installed(),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
         tempfile.TemporaryDirectory(prefix="curate-shard-") as scratch,
