@@ -11,6 +11,7 @@ from pydantic import Field
 
 from curation import balance, hierarchy, order, storage
 from curation.errors import UserError
+from curation.hierarchy import Hierarchy
 from curation.schemas import BALANCE
 from pipelines import embedded
 from pipelines.context import Context, Outcome, StageConfig
@@ -69,17 +70,20 @@ def execute(context: Context, config: BalanceConfig, *, clusters: str | None = N
         columns = [pa.array(ids[rows]), pa.array(position[rows]), pa.array(leaves[rows], pa.int32())]
         table = pa.Table.from_arrays(columns, schema=BALANCE)
         generation.parts.append(generation.writer.write(f"part-{index:06d}", table))
-    return context.finish(generation, _summary(config, sizes[0], wanted))
+    return context.finish(generation, _summary(config, built, wanted, sizes))
 
 
-def _summary(config: BalanceConfig, sizes: np.ndarray, wanted: np.ndarray) -> dict[str, Any]:
+def _summary(
+    config: BalanceConfig, built: Hierarchy, wanted: np.ndarray, sizes: Sequence[np.ndarray]
+) -> dict[str, Any]:
+    """effective_clusters: exp(entropy) of the images over the clusters of each level, leaf first."""
     return {
         "target": config.target,
         "images": int(wanted.sum()),
-        "pool": int(sizes.sum()),
-        "clusters_used": int((wanted > 0).sum()),
-        "effective_clusters_pool": round(hierarchy.effective_number(sizes), 3),
-        "effective_clusters": round(hierarchy.effective_number(wanted), 3),
+        "pool": int(sizes[0].sum()),
+        "leaf_clusters_used": int((wanted > 0).sum()),
+        "effective_clusters_pool": [round(hierarchy.effective_number(level), 3) for level in sizes],
+        "effective_clusters": [round(hierarchy.effective_number(level), 3) for level in built.sizes(wanted)],
     }
 
 

@@ -128,10 +128,10 @@ def _cluster(context: Context, config: ClusterConfig, generation: Generation, pa
         "images": int(sizes[0].sum()),
         "levels": list(built.levels),
         **summary,
-        "mean_squared_distance": generation.total("squares") / rows if rows else 0.0,
+        "mean_squared_distance": round(generation.total("squares") / rows, 9) if rows else 0.0,
         "largest_cluster": int(sizes[0].max()),
         "empty_clusters": int((sizes[0] == 0).sum()),
-        "effective_clusters": round(hierarchy.effective_number(sizes[0]), 3),
+        "effective_clusters": [round(hierarchy.effective_number(level), 3) for level in sizes],
     }
     _remove_scratch(generation)
     return context.finish(generation, summary)
