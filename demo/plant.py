@@ -30,9 +30,9 @@ FAULTS = {
     "missing": (14, "failed", "http_404"),
     "gone": (3, "failed", "http_410"),
     "html": (12, "failed", "not_an_image"),
-    "cut": (10, "failed", "truncated"),
+    "cut": (10, "failed", "truncated|damaged"),
     "hangup": (3, "transient", "truncated"),
-    "over": (4, "transient", "timeout"),
+    "over": (3, "transient", "timeout"),
     "unavailable": (2, "transient", "http_503"),
     "huge": (1, "failed", "too_large"),
     "robots": (12, "excluded", "robots_disallowed"),
@@ -48,7 +48,7 @@ FAULTS = {
     "long": (6, "dropped", "aspect_ratio"),
     "solid": (5, "dropped", "solid_colour"),
 }
-"""kind: (rows, status in the table of `filter`, class of its error)."""
+"""kind: (rows, status in the table of `filter`, class of its error, or several that are as good)."""
 COPIED_SIDE = 128
 """Copies are made of originals with at least this many pixels on the short side: half of it is still an image."""
 FORBIDDEN_PRIVATE = "http://10.0.0.1/router.png"
@@ -244,7 +244,8 @@ def _copies(
                 file.write_bytes(data)
             url = _reach(plan, way, name, file)
             plan.rows.append(Row(url, kind, _alt(picture), copy, way, picture.sha256, **_about(picture)))
-    say(f"{kind}s planted: {sum(1 for r in plan.rows if r.kind == kind)}")
+    planted = sum(row.kind == kind for row in plan.rows)
+    say(f"planted {planted:,} of kind {kind}: " + ", ".join(wanted))
 
 
 def _ways(copy: str, kind: str, count: int) -> list[str]:
@@ -399,7 +400,7 @@ def _write(
     plan: Plan, folder: Path, corpus: Corpus, seeds: Mapping[str, Sequence[Picture]], references: Sequence[Picture]
 ) -> None:
     order = np.argsort(hashed([f"{i}:{r.url}" for i, r in enumerate(plan.rows)], "list"), kind="stable").tolist()
-    rows = _repeats_after([plan.rows[i] for i in order])
+    rows = _as_listed([plan.rows[i] for i in order])
     pq.write_table(pa.table({"url": [r.url for r in rows], "alt": [r.alt for r in rows]}), folder / "urls.parquet")
     documents = [asdict(r) | {"row": index} for index, r in enumerate(rows)]
     columns = {name: [d[name] for d in documents] for name in TRUTH.names}
@@ -412,8 +413,8 @@ def _write(
     (folder / "site.json").write_text(json.dumps({"places": plan.places, "pages": plan.pages}))
 
 
-def _repeats_after(rows: list[Row]) -> list[Row]:
-    """The same rows with every URL's truthful row before the one that repeats it."""
+def _as_listed(rows: list[Row]) -> list[Row]:
+    """The same rows with every URL's truthful row before the one that repeats it, and one site's slow pages together."""
     seen: dict[str, int] = {}
     for index, row in enumerate(rows):
         if row.url in seen:
@@ -422,7 +423,9 @@ def _repeats_after(rows: list[Row]) -> list[Row]:
                 rows[first], rows[index] = row, rows[first]
         else:
             seen[row.url] = index
-    return rows
+    late = [row for row in rows if row.kind == "over"]
+    rows = [row for row in rows if row.kind != "over"]
+    return rows[:20] + late + rows[20:]
 
 
 def _about(picture: Picture) -> dict[str, str]:
