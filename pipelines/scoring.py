@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from curation import locations, storage, vectors
+from curation.errors import UserError
 from curation.schemas import IMAGES
 from embeddings import decoding, faces, hashes, nsfw
 from embeddings.models import registry
@@ -77,6 +78,7 @@ def score_part(path: str, scoring: Scoring) -> dict[str, Any]:
         prepared[len(results)] = scoring.preparation(pixels)
         luminances[len(results)] = hashes.luminance(pixels)
         results.append({"row": row, **score_image(data, pixels, sources[row], scoring)})
+    _refuse_unreachable(path, places, failures)
     luminances = luminances[: len(results)]
     contrast = hashes.contrast(luminances)
     hashed = None if scoring.pca_hash is None else scoring.pca_hash(luminances)
@@ -84,6 +86,16 @@ def score_part(path: str, scoring: Scoring) -> dict[str, Any]:
         result["contrast"] = float(contrast[index])
         result["pca_hash"] = None if hashed is None else int(hashed[index])
     return {"path": path, "results": results, "failures": failures, "prepared": prepared[: len(results)]}
+
+
+def _refuse_unreachable(path: str, places: Sequence[tuple[str, int, int]], failures: Sequence[tuple[int, str]]) -> None:
+    """One file that is gone is a row with its reason; a whole part that is gone is a folder that was moved."""
+    if len(places) > 1 and [reason for _, reason in failures] == ["unreadable"] * len(places):
+        raise UserError(
+            f"{path}: none of its {len(places)} images can be read any more (the first lies in {places[0][0]}); "
+            "put them back, then run the same command again",
+            exit_code=1,
+        )
 
 
 def score_image(data: bytes, pixels: np.ndarray, source: str, scoring: Scoring) -> dict[str, Any]:
