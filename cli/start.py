@@ -17,6 +17,7 @@ from curation.errors import UserError
 from pipelines import configuration
 from pipelines.configuration import RunConfig
 from pipelines.context import Outcome, Resources
+from pipelines.hardware import Hardware
 
 ConfigArgument = Annotated[
     str, typer.Argument(help="configuration (YAML), or a run directory to go on with", show_default=False)
@@ -88,9 +89,14 @@ def run(
     """
 
     def call() -> None:
+        from pipelines import hardware as machines
+
         loaded = _load(config, {"ray_address": ray_address, "workers": workers, "memory_per_worker": memory_per_worker})
         if plan:
-            _plan(loaded, hardware, nodes, gpus_per_node, cores_per_node, verbose, as_json)
+            machine = machines.hardware(
+                hardware, nodes=nodes, gpus_per_node=gpus_per_node, cores_per_node=cores_per_node
+            )
+            _plan(loaded, machine, first, until, verbose, as_json)
         else:
             _run(loaded, first, until, rebuild, as_json)
 
@@ -143,19 +149,11 @@ def _counts(summary: dict[str, object]) -> str:
 
 
 def _plan(
-    config: RunConfig,
-    hardware: str,
-    nodes: int | None,
-    gpus: int | None,
-    cores: int | None,
-    verbose: bool,
-    as_json: bool,
+    config: RunConfig, machine: Hardware, first: str | None, until: str | None, verbose: bool, as_json: bool
 ) -> None:
-    from pipelines import hardware as machines
     from pipelines import plan, preflight
 
-    machine = machines.hardware(hardware, nodes=nodes, gpus_per_node=gpus, cores_per_node=cores)
-    planned = plan.plan(preflight.resolve(config), machine)
+    planned = plan.plan(preflight.resolve(config), machine, first=first, last=until)
     table = _table("stage", "rows in", "rows out", "read", "written", "FLOP", "memory/worker", "hours", "bound by")
     for stage in planned.stages:
         table.add_row(

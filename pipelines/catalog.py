@@ -60,7 +60,7 @@ STAGES = (
         "dedup",
         "dedup",
         "pipelines.stages.dedup",
-        ("dedup",),
+        ("dedup-search", "dedup"),
         ("filter",),
         "near-duplicate components of the pool, then against the reference sets",
     ),

@@ -46,6 +46,9 @@ class SourceConfig(StageConfig):
         None, description="column of a Parquet (of paths, or beside tars) that holds labels, for the audit"
     )
     images: int | None = Field(None, ge=0, description="expected number of images, for --plan without data")
+    retrieves: int | None = Field(
+        None, ge=0, description="expected number of images that this seed set draws, for --plan; default: its bound"
+    )
 
     @property
     def origin(self) -> tuple[Literal["urls", "folder", "tars", "parquet"], str]:
@@ -65,7 +68,7 @@ class SourceConfig(StageConfig):
 
 
 class RunConfig(StageConfig):
-    """A whole run. A block that is missing takes its defaults; `balance: null` leaves a stage out."""
+    """A whole run. A block that is missing or empty takes its defaults; `cluster: null` leaves a stage out."""
 
     run: str = Field(description="the run directory: a path or an fsspec URL such as s3://bucket/run")
     seed: int = Field(0, ge=0, description="of every random choice")
@@ -117,7 +120,15 @@ def load(path: str) -> RunConfig:
         raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: a configuration is a mapping of blocks; `curate init` writes an example")
-    return check(RunConfig, document, path, _lines(text))
+    return check(RunConfig, document | {name: {} for name in _empty_blocks(text)}, path, _lines(text))
+
+
+def _empty_blocks(text: str) -> list[str]:
+    """Blocks with nothing in them, every line commented out, say: they mean defaults, unlike `null`."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    blocks = {name for name, info in RunConfig.model_fields.items() if _model_in(info.annotation) and name != "sources"}
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    return [key.value for key, value in pairs if key.value in blocks and value.value == ""]
 
 
 def dump(config: RunConfig) -> str:

@@ -10,7 +10,6 @@ from pydantic import BaseModel
 
 from curation import storage
 from curation.errors import UserError
-from pipelines import catalog
 from pipelines.configuration import RunConfig, SourceConfig
 from pipelines.sources import source_name
 
@@ -31,11 +30,10 @@ def resolve(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"run": absolute(config.run), "sources": sources})
 
 
-def check(config: RunConfig, stages: Collection[str] = catalog.NAMES) -> None:
-    """Refuse a run whose files, names or folders cannot be right. stages: those to be run. Raises UserError."""
+def check(config: RunConfig) -> None:
+    """Refuse a run whose files, names or folders cannot be right. Raises UserError."""
     check_sources(config)
     check_seed_sets(config)
-    check_models(config, stages)
     check_writable(config.run)
 
 
@@ -89,21 +87,33 @@ def check_seed_sets(config: RunConfig) -> None:
 
 
 def _seed_sets_named(config: RunConfig) -> Iterator[tuple[str, str]]:
-    block: Any = config.retrieve
-    sets = getattr(block, "seed_sets", None) or {}
-    for name in sets:
-        yield f"retrieve.seed_sets.{name}", str(name)
+    if config.retrieve is not None:
+        for name in config.retrieve.seed_sets:
+            yield f"retrieve.seed_sets.{name}", name
+    for name in config.mix.as_is:
+        if name != "all":
+            yield f"mix.as_is: {name}", name
+    for share in config.mix.shares or {}:
+        kind, _, name = share.partition(":")
+        if kind in ("seed", "retrieve") and name:
+            yield f"mix.shares.{share}", name
 
 
 def check_models(config: RunConfig, stages: Collection[str]) -> None:
-    """The models that are named exist and their weights can be had: before a billion images are fetched for them."""
+    """The models that `stages` will load can be had: looked up before a billion images are fetched for them."""
     from embeddings.models import registry
 
-    names = list(getattr(config.embed, "models", [])) if "embed" in stages else []
+    names = list(config.embed.models) if "embed" in stages else []
     if "filter" in stages and config.filter.copy_model:
         names.append(config.filter.copy_model)
     for name in dict.fromkeys(names):
         registry.check(name)
+    for block in ("cluster", "retrieve"):
+        model = getattr(getattr(config, block), "model", None)
+        if block in stages and model is not None and model not in config.embed.models:
+            raise UserError(
+                f"{block}.model: {model} is not among embed.models ({', '.join(config.embed.models)}); add it"
+            )
 
 
 def check_writable(run: str) -> None:

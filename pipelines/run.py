@@ -36,11 +36,12 @@ def run(
     config = preflight.resolve(config)
     steps = selected(config, first, last)
     again = len(catalog.STAGES) if rebuild is None else catalog.position(rebuild, "--rebuild")
-    preflight.check(config, [stage.name for stage in steps])
+    preflight.check(config)
     with lock.hold(config.run):
         events = events or Events(storage.join(config.run, "events.jsonl"))
         context = Context(run=RunDirectory(config.run), seed=config.seed, resources=config.resources, events=events)
         _refuse_gap(context, config, first)
+        preflight.check_models(config, [stage.name for stage in steps])
         store_configuration(config, events)
         _name_strangers(context, config)
         outcomes = []
