@@ -7,6 +7,7 @@ from typing import Any
 from curation.errors import UserError
 
 IN_FLIGHT_PER_CPU = 3
+START_ATTEMPTS = 3
 WORKER_ENVIRONMENT = {"NO_ALBUMENTATIONS_UPDATE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -19,10 +20,14 @@ def start(address: str | None, workers: int | None) -> None:
     if ray.is_initialized():
         return
     os.environ |= {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
-    try:
-        if address:
+    if address:
+        try:
             ray.init(address=address, logging_level="ERROR", runtime_env={"env_vars": WORKER_ENVIRONMENT})
-        else:
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"Ray cannot be reached at {address}: {str(error).splitlines()[0]}", exit_code=1) from error
+        return
+    for attempt in range(1, START_ATTEMPTS + 1):
+        try:
             ray.init(
                 address="local",
                 num_cpus=workers or os.cpu_count(),
@@ -30,9 +35,12 @@ def start(address: str | None, workers: int | None) -> None:
                 logging_level="ERROR",
                 log_to_driver=bool(os.environ.get("CURATE_WORKER_LOGS")),
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        where = f"at {address}" if address else "on this machine"
-        raise UserError(f"Ray cannot be reached {where}: {str(error).splitlines()[0]}", exit_code=1) from error
+            return
+        except Exception as error:  # Ray raises bare Exceptions when a busy machine is late to start it
+            ray.shutdown()
+            if attempt == START_ATTEMPTS:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"Ray cannot be started on this machine: {reason}", exit_code=1) from error
 
 
 def stop() -> None:

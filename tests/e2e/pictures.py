@@ -63,6 +63,7 @@ sources:
   - {{as: "seed:even", folder: {root}/seeds-even}}
   - {{as: "seed:odd", folder: {root}/seeds-odd}}
   - {{as: "reference:evaluation", folder: {root}/evaluation}}
+dedup: {{against_threshold: 0.75}}
 embed: {{models: [mobilenet_v2]}}
 cluster: {{levels: [6, 2]}}
 retrieve: {{mode: sample, neighbours: 3}}
