@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation.audit.tables import SEED_SET_FIGURES
 from curation.errors import UserError
 from curation.schemas import MANIFEST, MIX, RETRIEVAL
 
@@ -186,11 +187,7 @@ def seed_set_figures(
                 "exempt": bool(source.get("exempt", False)),
                 "licence": source.get("licence"),
                 "retrieved": drawn.get(name, {}),
-                "nominal": held.get(name, {}).get("nominal", 0),
-                "unique": held.get(name, {}).get("unique", 0),
-                "colliding": held.get(name, {}).get("colliding", 0),
-                "shared": held.get(name, {}).get("shared", 0),
-                "alone": held.get(name, {}).get("alone", 0),
+                **{key: held.get(name, {}).get(key, 0) for key in SEED_SET_FIGURES},
                 "planned": planned.get(name),
             }
         )

@@ -187,17 +187,18 @@ def reference_figures(run: RunDirectory) -> list[dict[str, Any]]:
 
 
 def planned_retrievals(side: dict[str, Any]) -> dict[str, Any]:
-    """Per seed set what the retrieve stage says of it (`seed_sets.json`)."""
+    """Per seed set what the retrieve stage says of it (`seed_sets.json`), without the list of chosen clusters."""
     document = side.get("seed_sets")
-    if isinstance(document, dict):
-        inner = document.get("seed_sets", document)
-        document = (
-            list(inner.values())
-            if isinstance(inner, dict) and not all(isinstance(v, dict) for v in inner.values())
-            else inner
-        )
-        if isinstance(document, dict):
-            return dict(document)
-    if isinstance(document, list):
-        return {str(e.get("seed_set", e.get("name"))): e for e in document if isinstance(e, dict)}
-    return {}
+    if not isinstance(document, dict):
+        return {}
+    return {name: {k: v for k, v in one.items() if k != "chosen"} for name, one in document.items()}
+
+
+def described_components(side: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the dedup stage says of its largest components (`components.json`: a list, or one under some key)."""
+    document = side.get("components")
+    lists = list(document.values()) if isinstance(document, dict) else [document]
+    for found in lists:
+        if isinstance(found, list) and found and all(isinstance(c, dict) and "component_id" in c for c in found):
+            return found
+    return []

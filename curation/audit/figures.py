@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
+from curation.audit.words import visible
+
 CELL = 160
 """Longest side of a thumbnail, pixels."""
 COLUMNS = 8
@@ -87,11 +89,15 @@ def _svg(width: float, height: float, label: str, body: Sequence[Markup], name: 
     head = Markup(
         '<svg class="{}" viewBox="0 0 {:.0f} {:.0f}" width="{:.0f}" height="{:.0f}" role="img" aria-label="{}">'
     )
-    return head.format(name, width, height, width, height, label) + Markup("").join(body) + Markup("</svg>")
+    return (
+        head.format(name, width, height, width, height, visible(label, 600)) + Markup("").join(body) + Markup("</svg>")
+    )
 
 
 def _text(x: float, y: float, words: str, name: str, anchor: str = "start") -> Markup:
-    return Markup('<text x="{:.1f}" y="{:.1f}" class="{}" text-anchor="{}">{}</text>').format(x, y, name, anchor, words)
+    return Markup('<text x="{:.1f}" y="{:.1f}" class="{}" text-anchor="{}">{}</text>').format(
+        x, y, name, anchor, visible(words)
+    )
 
 
 def funnel(steps: Sequence[Mapping[str, Any]], reasons: int = 4) -> Markup:

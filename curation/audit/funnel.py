@@ -15,6 +15,12 @@ EXPLAINED = {
     "hash": "PCA-hash copy",
 }
 """What a status or reason of the tables is called on the page."""
+OPEN = {
+    "retrieve, balance, mix": "not chosen",
+    "embed": "unreadable, or without a vector",
+    "download, import": "not tried",
+}
+"""What a loss is called that the tables of a stage give no reason for."""
 
 
 def role_of(source: str) -> str:
@@ -87,7 +93,7 @@ def _explained(steps: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for before, step in itertools.pairwise(steps):
         rest = before["images"] - step["images"] - sum(entry["images"] for entry in step["lost"])
         if rest > 0:
-            reason = "not chosen" if step["step"] == "in the manifest" else "without a reason given"
+            reason = OPEN.get(step["stage"], "without a reason given")
             step["lost"].append({"reason": reason, "images": rest})
     return steps
 

@@ -28,6 +28,7 @@ class Sampling:
     largest_components: int = 8
     random_components: int = 16
     members: int = 12
+    chain: int = 10
     exact_pairs: int = 12
     best_matches: int = 8
     random_matches: int = 8
@@ -152,8 +153,12 @@ def _histograms(paths: Sequence[str], limits: Mapping[str, float | None]) -> lis
     return found
 
 
-def duplicates(run: RunTables) -> Section | None:
-    """Components of near-duplicates: sizes, the largest and random ones side by side, the weakest link of each."""
+def duplicates(run: RunTables, described: Sequence[Mapping[str, Any]] = ()) -> Section | None:
+    """Components of near-duplicates: sizes, the largest and random ones side by side, the weakest link of each.
+
+    described: what the dedup stage says of the largest components (`components.json`): their least similar pair and the
+    chain that joins it.
+    """
     if not run.duplicates:
         return None
     choose = SAMPLING.largest_components, SAMPLING.random_components
@@ -167,15 +172,18 @@ def duplicates(run: RunTables) -> Section | None:
     by_group: dict[int, list[dict[str, Any]]] = {}
     for row in every.to_pylist():
         by_group.setdefault(row["group"], []).append(row)
+    chains = {int(c["component_id"]): chain for c in described if (chain := _chain(c))}
     shown = []
     for row in chosen.to_pylist():
         members = by_group.get(row["group"], [])
         kept = sum(m["kept"] for m in members)
         edge = weakest.get(row["group"])
-        shown.append({**row, "kept": kept, "members": members[: SAMPLING.members], "weakest": edge})
+        chain = chains.get(row["group"])
+        shown.append({**row, "kept": kept, "members": members[: SAMPLING.members], "weakest": edge, "chain": chain})
     pairs = [(row["images"], row["components"]) for row in sizes.to_pylist()]
     images = [m["image_id"] for component in shown for m in component["members"]]
     images += [c["weakest"][end] for c in shown if c["weakest"] for end in ("low", "high")]
+    images += [link["image_id"] for c in shown if c["chain"] for link in c["chain"]["links"]]
     counts = tables.duplicate_counts(run.duplicates)
     reasons = (
         counts.group_by(["kept", "reason"]).aggregate([("images", "sum")]).rename_columns(["kept", "reason", "images"])
@@ -192,6 +200,21 @@ def duplicates(run: RunTables) -> Section | None:
             pairs, "Components of near-duplicates by size (heights grow with the logarithm)", "components"
         ),
         "images": images,
+    }
+
+
+def _chain(described: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The chain of a component, its middle left out where it is long; None for what is no chain."""
+    links = list(described.get("chain") or [])
+    if len(links) < 3:
+        return None
+    half = SAMPLING.chain // 2
+    cut = max(0, len(links) - SAMPLING.chain)
+    return {
+        "links": links if not cut else [*links[:half], *links[-half:]],
+        "cut": cut,
+        "least": described.get("least_similarity"),
+        "far": described.get("not_above_threshold_to_representative"),
     }
 
 

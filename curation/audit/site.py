@@ -8,21 +8,22 @@ from importlib.resources import files
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from curation.audit.figures import CELL, Tile, funnel, number
 from curation.audit.funnel import EXPLAINED
 from curation.audit.sections import SAMPLING, Section
+from curation.audit.words import visible
 from curation.errors import UserError
 
 UNSAFE = 0.5
 """NSFW score above which a thumbnail is blurred until clicked."""
 DROPPED = {"self": "near copy", "reference": "evaluation match", "exact": "exact copy", "hash": "hash copy"}
 """Reasons of DUPLICATES in the little room under a thumbnail."""
-TEXT_CHARACTERS = 200
+SHOWN_CHARACTERS = 2_500
 CARD_CHARACTERS = 60_000
 EXTRA_SECTIONS, EXTRA_ROWS, EXTRA_COLUMNS = 40, 300, 30
-INVISIBLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]")
+NUMERIC = re.compile(r"[-+−–]?[\d,.  ]*\s?(%|s|min|[kMGT]?B)?")
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,6 @@ class Picture:
     unsafe: bool
     tile: Tile | None
     why: str = ""
-
-
-def visible(words: Any, characters: int = TEXT_CHARACTERS) -> str:
-    """A string from outside, cut, with the characters that hide or turn text (control, direction) written out."""
-    found = str(words)
-    cut = found if len(found) <= characters else found[: characters - 1] + "…"
-    return INVISIBLE.sub(lambda match: f"⟨U+{ord(match[0]):04X}⟩", cut)
 
 
 def picture(row: Mapping[str, Any], source_names: Mapping[int, str], tile: Tile | None, why: str) -> Picture:
@@ -96,6 +90,8 @@ def _paragraphs(value: Any) -> list[Any]:
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, str):
+        return NUMERIC.fullmatch(value) is not None
     return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
@@ -111,7 +107,7 @@ def _cell(value: Any) -> str:
     return visible(value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str), 300)
 
 
-def card_texts(card: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def card_texts(card: Mapping[str, Any] | None) -> list[tuple[str, Markup]]:
     """The data card in pieces to unfold, each as indented JSON, long ones cut."""
     if not card:
         return []
@@ -127,12 +123,12 @@ def card_texts(card: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     return [(name, _json(value)) for name, value in pieces if value]
 
 
-def _json(value: Any) -> str:
+def _json(value: Any) -> Markup:
     text = json.dumps(value, indent=2, ensure_ascii=False, sort_keys=True)
     lines = (
         text if len(text) <= CARD_CHARACTERS else text[:CARD_CHARACTERS] + "\n… cut; the whole stands in manifest.json"
     )
-    return "\n".join(visible(line, 600) for line in lines.split("\n"))
+    return escape("\n".join(visible(line, 600) for line in lines.split("\n")))
 
 
 def render(
@@ -207,10 +203,16 @@ def _template(name: str) -> str:
     return files("curation.audit").joinpath("templates", name).read_text(encoding="utf-8")
 
 
+def _shown(value: Any) -> Any:
+    """What every expression of the template passes through before it is escaped."""
+    return visible(value, SHOWN_CHARACTERS) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FunctionLoader(_template),
         autoescape=True,
+        finalize=_shown,
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )

@@ -4,7 +4,7 @@ Every function takes paths of parts and streams over them (`curation/audit/scans
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -276,50 +276,38 @@ def selected_by_cluster(manifest: Sequence[str]) -> pa.Table:
     return merge_counts(partial, ["cluster", "seed_set"])
 
 
-def seed_set_counts(manifest: Sequence[str]) -> pa.Table:
-    """What each seed set brought: `seed_set`, `nominal`, `unique`, `colliding`, `shared`, `alone`.
+SEED_SET_FIGURES = ("nominal", "unique", "colliding", "shared", "alone")
 
-    nominal: retrievals, the paper's count. unique: images. colliding: nominal - unique, retrievals of an image that
-    another seed of the same set had drawn already. shared: of the unique, images that another seed set drew too.
+
+def seed_set_counts(manifest: Sequence[str]) -> pa.Table:
+    """What each seed set brought into a manifest: `seed_set` and SEED_SET_FIGURES.
+
+    nominal: retrievals, the paper's count. unique: images. colliding: of the unique, images that more than one seed of
+    the set drew. shared: of the unique, images that another seed set drew too; alone: the others.
     """
-    totals: dict[str, list[int]] = {}
+    totals: dict[str, np.ndarray] = {}
     for table in stream(manifest, ["retrieved_by"], pc.list_value_length(pc.field("retrieved_by")) > 0):
         for name, figures in _seed_sets(table["retrieved_by"]).items():
-            totals[name] = [a + b for a, b in zip(totals.get(name, [0, 0, 0]), figures, strict=True)]
-    return seed_set_table(totals)
-
-
-def seed_set_table(totals: Mapping[str, Sequence[int]]) -> pa.Table:
-    """The table of `seed_set_counts` from (nominal, unique, shared) per set."""
+            totals[name] = totals.get(name, np.zeros(len(SEED_SET_FIGURES), np.int64)) + figures
     names = sorted(totals)
-    nominal, unique, shared = ([int(totals[n][i]) for n in names] for i in range(3))
-    return pa.table(
-        {
-            "seed_set": pa.array(names, pa.string()),
-            "nominal": pa.array(nominal, pa.int64()),
-            "unique": pa.array(unique, pa.int64()),
-            "colliding": pa.array([a - b for a, b in zip(nominal, unique, strict=True)], pa.int64()),
-            "shared": pa.array(shared, pa.int64()),
-            "alone": pa.array([a - b for a, b in zip(unique, shared, strict=True)], pa.int64()),
-        }
-    )
+    columns = {f: pa.array([int(totals[n][i]) for n in names], pa.int64()) for i, f in enumerate(SEED_SET_FIGURES)}
+    return pa.table({"seed_set": pa.array(names, pa.string()), **columns})
 
 
-def _seed_sets(retrieved_by: pa.ChunkedArray) -> dict[str, list[int]]:
-    """(nominal, unique, shared) per seed set of a column of `retrieved_by`."""
+def _seed_sets(retrieved_by: pa.ChunkedArray) -> dict[str, np.ndarray]:
+    """SEED_SET_FIGURES per seed set of a column of `retrieved_by`."""
     lists = retrieved_by.combine_chunks()
     rows = pc.list_parent_indices(lists).to_numpy()
     encoded = pc.dictionary_encode(pc.struct_field(lists.flatten(), "seed_set"))
     names, codes = encoded.dictionary.to_pylist(), encoded.indices.to_numpy()
-    if not len(names):
+    if not names:
         return {}
-    pairs = np.unique(rows.astype(np.int64) * len(names) + codes)
+    pairs, draws = np.unique(rows.astype(np.int64) * len(names) + codes, return_counts=True)
     sets_of_row = np.bincount(pairs // len(names), minlength=len(lists))
-    nominal = np.bincount(codes, minlength=len(names))
-    unique = np.bincount(pairs % len(names), minlength=len(names))
-    several = pairs[sets_of_row[pairs // len(names)] > 1]
-    shared = np.bincount(several % len(names), minlength=len(names))
-    return {n: [int(nominal[i]), int(unique[i]), int(shared[i])] for i, n in enumerate(names)}
+    several = sets_of_row[pairs // len(names)] > 1
+    of_set = [codes, *(pairs[chosen] % len(names) for chosen in (draws > 0, draws > 1, several, ~several))]
+    counts = np.stack([np.bincount(some, minlength=len(names)) for some in of_set])
+    return {name: counts[:, i] for i, name in enumerate(names)}
 
 
 def retrieval_counts(paths: Sequence[str]) -> pa.Table:

@@ -20,6 +20,7 @@ from pipelines.description import (
     THRESHOLDS,
     current_generations,
     current_parts,
+    described_components,
     described_sources,
     planned_retrievals,
     run_counts,
@@ -131,11 +132,12 @@ def build(
     paths = _run_tables(run, images)
     counts = card["counts"] if card else run_counts(run, None)
     options = _options(run)
+    dedup_files = side_files(run, "dedup")
     self_threshold, reference_threshold = _threshold(options, "threshold"), _threshold(options, "against_threshold")
     shown: dict[str, sections.Section | None] = {
         "failures": sections.failures(paths),
         "filters": sections.filters(paths, _limits(options)),
-        "duplicates": sections.duplicates(paths),
+        "duplicates": sections.duplicates(paths, described_components(dedup_files)),
         "decontamination": sections.decontamination(paths, THRESHOLDS, reference_threshold),
         "clusters": sections.clusters(paths),
         "seed_sets": sections.seed_sets(paths, _seed_rows(run, card, counts)),
@@ -152,7 +154,7 @@ def build(
         "extras": extra,
         "card": card,
         "thresholds": {"self": self_threshold, "reference": reference_threshold},
-        "recall": _recall(side_files(run, "dedup").get("recall")),
+        "recall": _recall(dedup_files.get("recall")),
     }
     names = {s.number: s.name for s in run.sources()}
     sheets: list[bytes] = []
@@ -280,18 +282,15 @@ def _threshold(options: Mapping[str, Mapping[str, Any]], name: str) -> float | N
 
 
 def _limits(options: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
-    """Thresholds of the filter by score, under whatever of these names its options hold."""
+    """Thresholds of the filter, by score."""
     given = options.get("filter", {})
     names = {
-        "nsfw": ("nsfw_threshold", "max_nsfw", "nsfw"),
-        "contrast": ("min_contrast", "contrast"),
-        "min_side": ("min_side", "min_size"),
-        "aspect_ratio": ("max_aspect_ratio", "max_aspect"),
+        "nsfw": "nsfw_threshold",
+        "contrast": "solid_colour",
+        "min_side": "min_side",
+        "aspect_ratio": "aspect_ratio",
     }
-    return {
-        score: next((float(given[n]) for n in options_named if isinstance(given.get(n), (int, float))), None)
-        for score, options_named in names.items()
-    }
+    return {score: float(given[n]) if given.get(n) is not None else None for score, n in names.items()}
 
 
 def _seed_rows(run: RunDirectory, card: Mapping[str, Any] | None, counts: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -370,6 +369,6 @@ def _recall(document: Any) -> str:
     value = inner.get("recall")
     if not isinstance(value, (int, float)):
         return ""
-    low, high = (inner.get(k) for k in ("low", "high"))
+    low, high = inner.get("recall_low"), inner.get("recall_high")
     interval = f" (95 % interval {low:.4f} to {high:.4f})" if isinstance(low, float) and isinstance(high, float) else ""
     return f"Measured recall of the join: {value:.4f}{interval}."

@@ -226,7 +226,7 @@ def _dedup(run: RunDirectory, pool_ids: Sequence[int], per_part: int) -> None:
         for start in range(0, max(pool_ids) + 1, per_part)
     }
     forest = storage.table_bytes(pa.Table.from_pylist(edges, schema=EDGES))
-    recall = json.dumps({"recall": 0.995, "low": 0.99, "high": 1.0, "sampled": 100}).encode()
+    recall = json.dumps({"recall": 0.995, "recall_low": 0.99, "recall_high": 1.0}).encode()
     finish(run, "dedup", parts, ["filter"], files={"self_forest/part-000000.parquet": forest, "recall.json": recall})
 
 
@@ -267,7 +267,7 @@ def _choose(made: SyntheticRun, parts: Mapping[str, pa.Table], seed_ids: Sequenc
         f"part-{n:06d}": pa.Table.from_pylist(chunk, schema=RETRIEVAL)
         for n, chunk in enumerate([rows[:half], rows[half:]])
     }
-    sets = [{"seed_set": n.split(":", 1)[1], "mode": "sample", "planned": 20} for n in names[1:3]]
+    sets = {n.split(":", 1)[1]: {"mode": "sample", "seeds": 5, "nominal": 20, "chosen": [1]} for n in names[1:3]}
     finish(run, "retrieve", tables, ["cluster"], files={"seed_sets.json": json.dumps(sets).encode()})
     balanced = kept[:: max(1, len(kept) // 8)]
     balance = [{"image_id": i, "rank": n, "cluster_id": i % LEAVES} for n, i in enumerate(balanced)]

@@ -72,9 +72,9 @@ def test_card_counts_what_each_seed_set_brought(whole: tuple[SyntheticRun, list[
         others = {r[0] for r in made.retrievals if r[1] != entry["seed_set"]}
         assert entry["nominal"] == len(mine)
         assert entry["unique"] == len(set(mine))
-        assert entry["colliding"] == len(mine) - len(set(mine))
+        assert entry["colliding"] == sum(mine.count(image) > 1 for image in set(mine))
         assert entry["shared"] == len(set(mine) & others)
-        assert entry["planned"]["planned"] == 20
+        assert entry["planned"] == {"mode": "sample", "seeds": 5, "nominal": 20}
     assert card["exempt_seed_sets"] == ["animals"]
     assert card["licences"]["seed:flowers"] == "CC0-1.0"
     assert card["models"]["mobilenet_v2"]["name"] == "mobilenet_v2"
