@@ -17,8 +17,8 @@ from pydantic import Field, field_validator, model_validator
 
 from curation import storage
 from curation.errors import UserError
-from pipelines.context import Context, Outcome, StageConfig
-from pipelines.run_directory import Generation, RunDirectory
+from pipelines.context import Context, MadeOtherwiseError, Outcome, StageConfig
+from pipelines.run_directory import Generation, RunDirectory, StageDirectory
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +36,7 @@ SEARCH = "dedup-search"
 SEARCH_REVISION = 1
 LIBRARIES = ("faiss-cpu", "numpy")
 SWEEP = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
+ASKED_WRONGLY = 2
 SELF_FOREST, RELATIVE_FOREST = "self_forest", "relative_forest"
 
 
@@ -97,6 +98,21 @@ def execute(context: Context, config: DedupConfig, *, embeddings: str | None = N
     )
     if generation is None:
         return context.skipped(NAME)
+    try:
+        return _deduplicate(context, config, generation, searching, embeddings)
+    except UserError as error:
+        if error.exit_code == ASKED_WRONGLY:
+            for opened, stage in (
+                (generation, context.stage(NAME)),
+                (searching.generation, searching.context.stage(SEARCH)),
+            ):
+                _forget(opened, stage)
+        raise
+
+
+def _deduplicate(
+    context: Context, config: DedupConfig, generation: Generation, searching: "_Search", embeddings: str | None
+) -> Outcome:
     from pipelines import duplicate_inputs
 
     known = (
@@ -107,6 +123,15 @@ def execute(context: Context, config: DedupConfig, *, embeddings: str | None = N
     if known.note:
         context.events.emit("message", NAME, text=known.note)
     return _Dedup(context, config, generation, known, searching).run()
+
+
+def _forget(generation: Generation | None, directory: StageDirectory) -> None:
+    """Take back a first generation that bad input stopped, so that the mended input is not refused as a change."""
+    if generation is not None and generation.number == 0 and not generation.complete:
+        fs, scratch = storage.filesystem(generation.file("scratch"))
+        if fs.exists(scratch):
+            fs.rm(scratch, recursive=True)
+        directory.clear()
 
 
 def _inputs(context: Context, config: DedupConfig, embeddings: str | None) -> tuple[list[str], dict[str, Any], bool]:
@@ -226,15 +251,16 @@ class _Search:
             options = {name: there[-1].fingerprint.options[name] for name in options}
         digests = {name: value for name, value in extra.items() if not name.startswith("against ")}
 
-        def begin(inside: Context) -> Generation | None:
+        def begin() -> Generation | None:
             return inside.begin_rows(SEARCH, SEARCH_REVISION, options, inputs, LIBRARIES, digests)
 
         try:
-            generation = begin(inside)
-        except UserError:
+            generation = begin()
+        except MadeOtherwiseError:
             if not context.rebuild:
                 raise
-            generation = begin(inside := replace(inside, rebuild=True))
+            inside.stage(SEARCH).clear()
+            generation = begin()
         return cls(
             inside,
             generation,
