@@ -13,6 +13,9 @@ TRANSIENT = frozenset(
 )
 """Another try may bring it: status `transient`. Every other class is `failed`."""
 
+NOT_SOON = frozenset({"host_busy", "robots_unreachable"})
+"""Transient, but not worth another try within the run: they already waited or tried."""
+
 PERMANENT = frozenset(
     {
         "bad_url",
@@ -61,3 +64,8 @@ class FetchError(Exception):
     @property
     def transient(self) -> bool:
         return self.name in TRANSIENT
+
+    @property
+    def soon(self) -> bool:
+        """Whether another try in some seconds may help."""
+        return self.transient and self.name not in NOT_SOON

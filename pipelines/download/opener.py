@@ -88,11 +88,15 @@ class Opener:
         """What urlopen calls. `timeout` is the total time of one attempt. Raises FetchError."""
         url = request if isinstance(request, str) else request.full_url
         seconds = float(timeout) if isinstance(timeout, (int, float)) else self.rules.timeout_s
+        return self._persist(lambda: self._follow(url, seconds))
+
+    def _persist[T](self, fetch: Callable[[], T]) -> T:
+        """Try again, later each time, what may pass soon."""
         for attempt in range(1, self.rules.attempts + 1):
             try:
-                return self._follow(url, seconds)
+                return fetch()
             except FetchError as error:
-                if not error.transient or attempt == self.rules.attempts:
+                if not error.soon or attempt == self.rules.attempts:
                     raise
                 wait = self.rules.backoff_s * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
                 time.sleep(max(wait, min(error.retry_after_s or 0.0, MAX_RETRY_AFTER_S)))
@@ -177,6 +181,9 @@ class Opener:
         return places
 
     def _fetch_robots(self, target: addresses.Target) -> tuple[int, str]:
+        return self._persist(lambda: self._ask_robots(target))
+
+    def _ask_robots(self, target: addresses.Target) -> tuple[int, str]:
         seconds = min(ROBOTS_TIMEOUT_S, self.rules.timeout_s)
         for _ in range(6):
             if self.rules.blocked_domains and is_blocked(target.host, self.rules.blocked_domains):
@@ -189,6 +196,8 @@ class Opener:
                 if error.name == "too_large":  # a robots.txt of that size is no robots.txt
                     return 404, ""
                 raise
+            if reply.status >= 500:
+                raise FetchError(f"http_{reply.status}", retry_after_s=_retry_after(reply.headers))
             if reply.status not in REDIRECTS:
                 return reply.status, reply.body.decode("utf-8-sig", errors="replace")
             target = addresses.parse(_location(target, reply.headers))

@@ -36,7 +36,8 @@ def machine_folder(token: str) -> str:
 class _Host:
     """The slots of one host that this process holds."""
 
-    def __init__(self) -> None:
+    def __init__(self, lock: threading.Lock) -> None:
+        self.freed = threading.Condition(lock)
         self.users = 0
         self.idle: list[tuple[int, float]] = []
         self.taken: set[int] = set()
@@ -53,7 +54,7 @@ class HostGate:
         self._times = os.open(os.path.join(folder, "times"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         if os.fstat(self._times).st_size < _TIMES * 8:
             os.ftruncate(self._times, _TIMES * 8)
-        self._condition = threading.Condition()
+        self._lock_of_hosts = threading.Lock()
         self._times_lock = threading.Lock()
         self._hosts: dict[str, _Host] = {}
 
@@ -70,8 +71,8 @@ class HostGate:
             self._release(host, number, since)
 
     def _acquire(self, host: str, limit: float) -> tuple[int, float]:
-        with self._condition:
-            state = self._hosts.setdefault(host, _Host())
+        with self._lock_of_hosts:
+            state = self._hosts.setdefault(host, _Host(self._lock_of_hosts))
             state.users += 1
             while True:
                 if state.idle:
@@ -84,17 +85,17 @@ class HostGate:
                 if remaining <= 0:
                     self._leave(host, state)
                     raise FetchError("host_busy", f"no turn within {self.max_wait_s:g} s")
-                self._condition.wait(min(remaining, 0.05))
+                state.freed.wait(min(remaining, 0.05))
 
     def _release(self, host: str, number: int, since: float) -> None:
-        with self._condition:
+        with self._lock_of_hosts:
             state = self._hosts[host]
             if state.users > 1 and time.monotonic() - since < _HANDED_ON_S:
                 state.idle.append((number, since))
             else:  # nobody here waits for it, or workers beside us have waited long enough
                 self._unlock(host, state, number)
             self._leave(host, state)
-            self._condition.notify()
+            state.freed.notify()
 
     def _leave(self, host: str, state: _Host) -> None:
         state.users -= 1

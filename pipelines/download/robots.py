@@ -44,7 +44,7 @@ class RobotsCache:
         """
         found = self._get(target)
         if found.failure is not None:
-            if found.failure.transient:
+            if found.failure.transient or found.failure.name.startswith("http_"):
                 raise FetchError("robots_unreachable", str(found.failure))
             raise FetchError(found.failure.name, found.failure.detail)
         if found.rules is None:
@@ -83,6 +83,8 @@ class RobotsCache:
         try:
             status, text = self.fetch(parse(f"{origin}/robots.txt"))
         except FetchError as error:
+            if error.name.startswith("http_"):
+                return _Rules(None, FetchError(error.name), now + min(self.expiry_s, UNREACHABLE_EXPIRY_S))
             if error.name in ("too_many_redirects", "redirect_loop", "bad_redirect"):
                 return _Rules(None, None, now + self.expiry_s)
             return _Rules(None, error, now + min(self.expiry_s, UNREACHABLE_EXPIRY_S))

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib.util
 import io
+import mmap
 import os
 import re
 import sys
@@ -13,7 +14,7 @@ import types
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +25,7 @@ from pipelines.download import addresses, errors
 from pipelines.download.errors import FetchError
 from pipelines.download.opener import FetchRules, Opener, worker_opener
 from pipelines.download.politeness import HostGate, machine_folder
-from pipelines.download.shard_writer import SUFFIXES, Collected, Collector, ShardTar
+from pipelines.download.shard_writer import SUFFIXES, Collector, ShardTar
 from pipelines.download.url_keys import url_keys
 from pipelines.pieces import PieceTask
 from pipelines.run_directory import PartRecord, PartWriter
@@ -59,11 +60,12 @@ def download_part(writer: PartWriter, name: str, task: PieceTask, rules: ShardRu
     if [row["image_id"] for row in rows] != piece["image_id"].to_pylist():
         raise RuntimeError(f"{name}: {piece.num_rows} URLs gave {len(rows)} rows")
     table = pa.Table.from_pylist(rows, schema=IMAGES)
-    return writer.write(name, table, files={relative: tar} if tar else None, counts=dict(sorted(_counts(rows).items())))
+    files = {relative: cast(bytes, tar)} if tar is not None else None  # mapped: the writer only reads it
+    return writer.write(name, table, files=files, counts=dict(sorted(_counts(rows).items())))
 
 
-def fetch(piece: pa.Table, rules: ShardRules) -> tuple[dict[int, Collected], dict[int, FetchError]]:
-    """Fetch the rows of a piece that are no duplicates: (what came by row, what was refused unasked by row)."""
+def fetch(piece: pa.Table, rules: ShardRules) -> tuple[Collector, dict[int, FetchError]]:
+    """Fetch the rows of a piece that are no duplicates: (what came, what was refused unasked by row)."""
     refused: dict[int, FetchError] = {}
     wanted: dict[int, addresses.Target] = {}
     repeats = piece["duplicate_of"].is_valid().to_pylist()
@@ -74,14 +76,14 @@ def fetch(piece: pa.Table, rules: ShardRules) -> tuple[dict[int, Collected], dic
             wanted[row] = addresses.parse(url or "")
         except FetchError as error:
             refused[row] = error
-    collected: dict[int, Collected] = {}
+    collected = Collector()
     for _ in range(TRIES_OF_A_ROW):
-        missing = [row for row in wanted if row not in collected]
+        missing = [row for row in wanted if row not in collected.rows]
         if not missing:
             break
-        collected |= _download(take_turns({row: wanted[row] for row in missing}), rules)
+        _download(take_turns({row: wanted[row] for row in missing}), rules, collected)
     for row in wanted:
-        if row not in collected:
+        if row not in collected.rows:
             refused[row] = FetchError("internal", "img2dataset lost this row")
     return collected, refused
 
@@ -96,9 +98,8 @@ def take_turns(targets: dict[int, addresses.Target]) -> list[tuple[int, str]]:
     return [(row, url) for _, row, url in sorted(order)]
 
 
-def _download(order: Sequence[tuple[int, str]], rules: ShardRules) -> dict[int, Collected]:
+def _download(order: Sequence[tuple[int, str]], rules: ShardRules, collector: Collector) -> None:
     opener = worker_opener(rules.token, lambda: _make_opener(rules))
-    collector = Collector()
     # img2dataset prints what fails: that is not for anybody's screen.
     with (
         opener.installed(),
@@ -129,7 +130,6 @@ def _download(order: Sequence[tuple[int, str]], rules: ShardRules) -> dict[int, 
             disallowed_header_directives=None,  # the opener looks, before the body is read
         )
         downloader((0, path))
-    return collector.rows
 
 
 @functools.cache
@@ -220,12 +220,9 @@ def shrink(data: bytes, kind: str, max_side: int) -> tuple[bytes, int, int]:
 
 
 def assemble(
-    piece: pa.Table, collected: dict[int, Collected], refused: dict[int, FetchError], source: str, shard: str
-) -> tuple[list[dict[str, Any]], bytes]:
-    """One row of IMAGES per row of the piece, in order, and the tar they point into (b"" without images).
-
-    Bodies leave `collected` as they enter the tar, so that a shard is in memory about once.
-    """
+    piece: pa.Table, collected: Collector, refused: dict[int, FetchError], source: str, shard: str
+) -> tuple[list[dict[str, Any]], mmap.mmap | None]:
+    """One row of IMAGES per row of the piece, in order, and the tar they point into (None without images)."""
     from embeddings.decoding import sniff
 
     tar = ShardTar()
@@ -243,25 +240,25 @@ def assemble(
         if listed["duplicate_of"] is not None:
             row |= {"status": "duplicate_url", "duplicate_of": listed["duplicate_of"]}
             continue
-        sample = collected.pop(number, None)
-        if sample is None or sample.data is None:
+        sample = collected.rows.get(number)
+        if sample is None or sample.place is None:
             message = str(refused[number]) if sample is None else str(sample.meta["error_message"])
             name, error = _classified(message)
             row |= {"status": errors.status_of(name), "error": error}
             continue
-        meta = sample.meta
+        meta, data = sample.meta, collected.read(sample.place)
         row |= {name: meta[name] for name in ("width", "height", "original_width", "original_height")}
         row |= {
             "sha256": bytes.fromhex(meta["sha256"]),
-            "stored_sha256": hashlib.sha256(sample.data).digest(),
+            "stored_sha256": hashlib.sha256(data).digest(),
             "shard": shard,
-            "length": len(sample.data),
+            "length": len(data),
         }
         about = {name: row[name] for name in ("image_id", "source", "url", "caption", "label", "width", "height")}
         about["sha256"] = meta["sha256"]
         key = f"{listed['image_id'] >> SOURCE_SHIFT:03d}-{listed['image_id'] & (1 << SOURCE_SHIFT) - 1:012d}"
-        row["offset"] = tar.add_sample(key, SUFFIXES[sniff(sample.data) or "JPEG"], sample.data, about)
-    return rows, tar.close() if any(row["status"] == "ok" for row in rows) else b""
+        row["offset"] = tar.add_sample(key, SUFFIXES[sniff(data) or "JPEG"], data, about)
+    return rows, tar.close() if any(row["status"] == "ok" for row in rows) else None
 
 
 def _classified(message: str) -> tuple[str, str]:

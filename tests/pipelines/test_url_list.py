@@ -107,7 +107,7 @@ def test_urls_are_compared_after_a_light_normalisation(url: str, same: str) -> N
     assert normalise(same) == same
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(st.lists(st.lists(st.sampled_from([f"http://h.example/{n}" for n in range(40)]), max_size=60), max_size=4))
 def test_repeats_are_those_of_a_dictionary(lists: list[list[str]]) -> None:
     import tempfile
