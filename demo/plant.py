@@ -6,9 +6,10 @@ in `truth.parquet`: the pipeline never reads it, `demo/evaluation.py` marks the 
 
 import hashlib
 import io
+import itertools
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,6 +50,7 @@ FAULTS = {
     "solid": (5, "dropped", "solid_colour"),
 }
 """kind: (rows, status in the table of `filter`, class of its error, or several that are as good)."""
+PLURAL = {"copy": "copies", "leak": "leaks"}
 COPIED_SIDE = 128
 """Copies are made of originals with at least this many pixels on the short side: half of it is still an image."""
 FORBIDDEN_PRIVATE = "http://10.0.0.1/router.png"
@@ -214,7 +216,22 @@ def _originals(pool: Sequence[Picture], vectors: np.ndarray | None) -> dict[str,
         "components of several images before planting": int((sizes > 1).sum()),
         "images in them": int(sizes[sizes > 1].sum()),
         "largest of them": int(sizes.max(initial=0)),
+        "had any images without a pair been chosen, so many would share a component": _sharing(order, pairs, component),
     }
+
+
+def _sharing(order: np.ndarray, pairs: np.ndarray, component: np.ndarray) -> int:
+    """Of a maximal set of rows without a pair, those joined with another by chains through rows outside it."""
+    near: dict[int, set[int]] = defaultdict(set)
+    for i, j in pairs.tolist():
+        near[i].add(j)
+        near[j].add(i)
+    chosen: set[int] = set()
+    for row in order.tolist():
+        if not near[row] & chosen:
+            chosen.add(row)
+    counts = Counter(component[sorted(chosen)].tolist())
+    return sum(number for number in counts.values() if number > 1)
 
 
 # Copies
@@ -244,8 +261,8 @@ def _copies(
                 file.write_bytes(data)
             url = _reach(plan, way, name, file)
             plan.rows.append(Row(url, kind, _alt(picture), copy, way, picture.sha256, **_about(picture)))
-    planted = sum(row.kind == kind for row in plan.rows)
-    say(f"planted {planted:,} of kind {kind}: " + ", ".join(wanted))
+    planted = [row for row in plan.rows if row.kind == kind]
+    say(f"planted {len(planted):,} {PLURAL[kind]}")
 
 
 def _ways(copy: str, kind: str, count: int) -> list[str]:
@@ -325,7 +342,7 @@ def _encoded(image: Any, kind: str, quality: int) -> tuple[bytes, str]:
 def _faults(plan: Plan, corpus: Corpus, pool: Sequence[Picture]) -> None:
     """What is wrong with a web: pages of pool pictures that cannot, or must not, be had under this URL."""
     counts = {kind: min(rows, max(1, len(pool) // 100)) for kind, (rows, _, _) in FAULTS.items()}
-    queue = iter(shuffled([p for p in pool if p.bytes > 4096], "faults") * 2)
+    queue = itertools.cycle(shuffled([p for p in pool if p.bytes > 1024], "faults"))
     port = plan.places["pictures"][1]
     for kind, (_, status, error) in FAULTS.items():
         for index in range(counts[kind]):
@@ -414,7 +431,7 @@ def _write(
 
 
 def _as_listed(rows: list[Row]) -> list[Row]:
-    """The same rows with every URL's truthful row before the one that repeats it, and one site's slow pages together."""
+    """The same rows with a URL's truthful row before the one that repeats it, and a site's slow pages together."""
     seen: dict[str, int] = {}
     for index, row in enumerate(rows):
         if row.url in seen:

@@ -32,7 +32,7 @@ It needs, once, for set-up: a Debian-like system (apt-get and dpkg-deb; root is 
 registries, about 1.1 GB to download, 2 GB of disk and some 10 minutes on two cores. The stages then take about 10
 minutes and no network beyond loopback. Without apt it runs on PyPI's part alone, with far fewer images."""
 
-console = Console(soft_wrap=True)
+console = Console(width=None if sys.stdout.isatty() else 140)
 
 
 class DemoError(Exception):
@@ -127,10 +127,14 @@ def write_config(run: Path, web: Path, corpus: Corpus) -> Path:
     document["run"] = str(run)
     document["download"]["allow_hosts"] = sorted({f"{address}:{port}" for address, port in plan["places"].values()})
     sources = [{"as": "pool:web", "urls": str(web / "urls.parquet"), "licence": licences}]
+    wanted = document["retrieve"]["seed_sets"]
+    document["retrieve"]["seed_sets"] = {}
     for seed_set in SEED_SETS:
         if (path := web / f"seed-{seed_set.name}.parquet").exists():
             licence = next((p.licence for p in corpus.packages if p.name == seed_set.package), None)
             sources.append({"as": f"seed:{seed_set.name}", "parquet": str(path), "licence": licence})
+            settings = wanted.get(seed_set.name, {"mode": "sample", "neighbours": 4})
+            document["retrieve"]["seed_sets"][seed_set.name] = settings
     if (web / "reference.parquet").exists():
         licence = next((p.licence for p in corpus.packages if p.name in ("pysiogame", "elpv-dataset")), None)
         sources.append({"as": "reference:evaluation", "parquet": str(web / "reference.parquet"), "licence": licence})
