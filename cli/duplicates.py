@@ -16,8 +16,8 @@ from pipelines.stages.dedup import DedupConfig
 HELP = """Find near-duplicates by copy embedding, keep one image of each component, discard copies of reference images.
 
 A threshold means strictly greater. Two images that are copies of a third are in one component, also when they are not
-above the threshold to each other. The recall of the search is measured against exact search and printed. A higher threshold
-(with --rebuild) re-reads the stored forest and searches nothing.
+above the threshold to each other. The recall of the search is measured against exact search and printed. A higher
+threshold (with --rebuild) re-reads the stored forest and searches nothing.
 
 Example: curate dedup runs/a --threshold 0.6
 

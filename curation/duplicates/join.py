@@ -236,8 +236,8 @@ def collect(
             bounded[:] = [prune(np.concatenate(bounded), options.max_edges)]
             if len(bounded[0]) * EDGE.itemsize > options.memory_bytes // 12:
                 raise UserError(
-                    f"max_edges: {options.max_edges} edges per image do not fit into memory_per_worker; leave max_edges "
-                    "out (a forest needs no such bound) or raise memory_per_worker",
+                    f"max_edges: {options.max_edges} edges per image do not fit into memory_per_worker; leave "
+                    "max_edges out (a forest needs no such bound) or raise memory_per_worker",
                     exit_code=1,
                 )
 

@@ -93,20 +93,21 @@ def execute(context: Context, config: DedupConfig, *, embeddings: str | None = N
     """Deduplicate the pool of a run, or the plain folder `embeddings` against the folders `config.against`."""
     inputs, extra, has_references = _inputs(context, config, embeddings)
     searching = _Search.open(context, config, inputs, extra, has_references)
-    generation = context.begin_rows(
-        NAME, REVISION, _options(config, has_references, searching.lowest), inputs, LIBRARIES, extra
-    )
+    try:
+        generation = context.begin_rows(
+            NAME, REVISION, _options(config, has_references, searching.lowest), inputs, LIBRARIES, extra
+        )
+    except UserError:
+        searching.take_back(started=False)
+        raise
     if generation is None:
         return context.skipped(NAME)
     try:
         return _deduplicate(context, config, generation, searching, embeddings)
     except UserError as error:
         if error.exit_code == ASKED_WRONGLY:
-            for opened, stage in (
-                (generation, context.stage(NAME)),
-                (searching.generation, searching.context.stage(SEARCH)),
-            ):
-                _forget(opened, stage)
+            _forget(generation, context.stage(NAME))
+            searching.take_back(started=True)
         raise
 
 
@@ -269,6 +270,11 @@ class _Search:
             options["recall_threshold"],
             options["max_edges"],
         )
+
+    def take_back(self, started: bool) -> None:
+        """Remove a first generation that was opened in vain. started: also one with work in its scratch."""
+        if self.generation is not None and (started or not storage.exists(self.generation.file("scratch"))):
+            _forget(self.generation, self.context.stage(SEARCH))
 
     def run(self, members: "Members", nodes: "Nodes") -> tuple["np.ndarray", dict[str, Any]]:
         """The forest of the pool above the stored threshold, and the report of the search that made it."""

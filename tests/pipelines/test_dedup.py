@@ -194,7 +194,7 @@ def test_references_discard_components_whole_or_direct_hits(tmp_path: Path, drop
 
 
 def test_same_ids_in_two_reference_sets_are_two_images(tmp_path: Path) -> None:
-    x, references, pool, against = chained(tmp_path)
+    x, _, pool, against = chained(tmp_path)
     other = write_folder(tmp_path / "s", x[[100, 101]] * 1.0, parts=1)
     outcome = plain(tmp_path / "out", pool, against=[f"ev={against}", other])
     one, two = outcome.summary["reference_sets"]
@@ -238,7 +238,7 @@ def test_without_sizes_the_earliest_stays_and_it_is_said(tmp_path: Path) -> None
 def test_higher_threshold_rereads_the_forest_and_searches_nothing(tmp_path: Path) -> None:
     x, _, pool, against = chained(tmp_path)
     plain(tmp_path / "out", pool, against=[against])
-    with pytest.raises(UserError, match="threshold: was 0.6, now 0.7"):
+    with pytest.raises(UserError, match=r"threshold: was 0\.6, now 0\.7"):
         plain(tmp_path / "out", pool, against=[against], threshold=0.7)
     ran.clear()
     outcome = plain(tmp_path / "out", pool, against=[against], threshold=0.7, rebuild=True)
@@ -450,7 +450,7 @@ def test_run_has_a_row_for_each_pool_image_copy_and_seed_that_is_not_exempt(tmp_
     assert told(2, 2) == ("reference", False, 2) and told(3, 2) == ("reference", False, 3)
     assert told(0, 2) == ("kept", True, 0)
     leak = rows[image_id(0, 20)]
-    assert [h["reference_id"] for h in leak["references"]][0] == image_id(3, 0)
+    assert leak["references"][0]["reference_id"] == image_id(3, 0)
     assert leak["references"][0]["reference_set"] == "test"
     assert rows[image_id(2, 3)]["reference_component_id"] == image_id(0, 20)
     assert rows[image_id(0, 8)]["reference_component_id"] is None
