@@ -43,6 +43,7 @@ def web() -> Iterator[Web]:
             "/bomb": lambda h: send(h, zlib.compress(bytes(10_000_000), wbits=31), Content_Encoding="gzip"),
             "/packed": lambda h: send(h, zlib.compress(jpeg(5), wbits=31), Content_Encoding="gzip"),
             "/headers": slow_headers,
+            "/closing": closing,
             "/nonsense": lambda h: h.wfile.write(b"SMTP ready\r\n\r\n") and setattr(h, "close_connection", True),
             "/busy": lambda h: send(h, b"", status=503),
         }
@@ -58,6 +59,18 @@ def endless(handler: Any) -> None:
             handler.wfile.write(b"1000\r\n" + bytes(4096) + b"\r\n")
     except OSError:
         handler.close_connection = True
+
+
+LARGE = jpeg(6) + bytes(90_000)
+
+
+def closing(handler: Any) -> None:
+    """As HTTP/1.0 servers answer: no length, the end of the connection is the end of the body."""
+    handler.close_connection = True
+    handler.wfile.write(b"HTTP/1.0 200 OK\r\nConnection: close\r\n\r\n")
+    for start in range(0, len(LARGE), 30_000):
+        handler.wfile.write(LARGE[start : start + 30_000])
+        time.sleep(0.02)
 
 
 def slow_headers(handler: Any) -> None:
@@ -130,6 +143,7 @@ def test_bytes_come_as_served(web: Web, opener: Callable[..., Opener]) -> None:
     assert opener().open(web.url("/image/5.jpg")).read() == jpeg(5)
     assert opener().open(web.url("/to-image")).read() == jpeg(7)
     assert opener().open(web.url("/packed")).read() == jpeg(5)
+    assert opener().open(web.url("/closing")).read() == LARGE
 
 
 def test_only_transient_failures_are_tried_again(web: Web, opener: Callable[..., Opener]) -> None:
