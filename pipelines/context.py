@@ -285,7 +285,7 @@ class Context:
     def _known(self, directory: StageDirectory) -> list[Generation]:
         if self.rebuild and directory.name not in self._started:
             directory.clear()
-        self._started.setdefault(directory.name, time.time())
+        self._started[directory.name] = time.time()
         return directory.all_generations()
 
     def _fingerprint(

@@ -41,7 +41,10 @@ def run(
         events = events or Events(storage.join(config.run, "events.jsonl"))
         context = Context(run=RunDirectory(config.run), seed=config.seed, resources=config.resources, events=events)
         _refuse_gap(context, config, first)
-        preflight.check_models(config, [stage.name for stage in steps])
+        todo = [
+            s.name for s in steps if catalog.position(s.name, "stage") >= again or not _complete(context.run, s.name)
+        ]
+        preflight.check_models(config, todo)
         store_configuration(config, events)
         _name_strangers(context, config)
         outcomes = []
@@ -95,22 +98,19 @@ def _refuse_gap(context: Context, config: RunConfig, first: str | None) -> None:
     for stage in enabled(config):
         if catalog.position(stage.name, "stage") >= start:
             return
-        names = catalog.INGEST if stage.name in catalog.INGEST else (stage.name,)
-        if not any(
-            _finished(context.run, folder) for name in names for folder in status.folders(context.run, _table(name))
-        ):
+        if not _complete(context.run, stage.name):
             raise UserError(
                 f"--from {first}: {stage.name} is not finished in {context.run.root}; "
                 f"start there with `--from {stage.name}`, or leave --from out"
             )
 
 
-def _table(name: str) -> str:
-    return next(stage.folders[-1] for stage in catalog.STAGES if stage.name == name)
-
-
-def _finished(run: RunDirectory, folder: str) -> bool:
-    generations = run.stage(folder).all_generations()
+def _complete(run: RunDirectory, name: str) -> bool:
+    """Whether a stage has been done, for all models, and nothing of it is left half done. Ingest is one step."""
+    names = catalog.INGEST if name in catalog.INGEST else (name,)
+    tables = [stage.folders[-1] for stage in catalog.STAGES if stage.name in names]
+    found = [run.stage(folder).all_generations() for table in tables for folder in status.folders(run, table)]
+    generations = [generation for there in found for generation in there]
     return bool(generations) and all(generation.complete for generation in generations)
 
 

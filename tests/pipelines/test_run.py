@@ -42,6 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
         return execute
 
     stages = {entry.module: stage(entry.name) for entry in catalog.STAGES}
+    monkeypatch.setattr("embeddings.models.registry.check", lambda _name: None)
     monkeypatch.setattr(catalog.Stage, "execute", property(lambda self: stages[self.module]))
     return noted
 
