@@ -21,8 +21,9 @@ CHUNK = 8192
 """Vectors compared at a time: bounds the float32 and float64 copies."""
 SEEDING_POINTS = 24
 """Vectors per centroid that the seeding looks at."""
-FLAT_SEEDING = 512
-"""Above so many centroids the seeding splits the vectors into cells first: k-means++ costs rows * k."""
+ONE_BY_ONE = 64
+"""Seeds that are drawn one at a time; more at once cost rows * k * d as well, but in few large products."""
+TRIALS = 4
 TOLERANCE = 1e-5
 """Lloyd stops when a step lowers the objective by less than this share of it."""
 REPAIRS = 20
@@ -254,79 +255,74 @@ def _seeding(points: Points, count: int, random: np.random.Generator) -> np.ndar
     chosen = np.arange(rows) if looked_at == rows else np.sort(random.choice(rows, looked_at, replace=False))
     vectors = points.take(chosen)
     with one_thread():
-        if count <= FLAT_SEEDING:
-            return _plus_plus(vectors, count, random)
-        return _seeding_in_cells(vectors, count, random)
-
-
-def _seeding_in_cells(vectors: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """k-means++ within the cells of a coarse k-means; a cell gets seeds in proportion to its part of the objective."""
-    cells = math.isqrt(count)
-    centroids = _plus_plus(vectors, cells, random)
-    points = ArrayPoints((vectors,))
-    for _ in range(4):
-        centroids = _Total(points, centroids).means(centroids)
-    labels, squares = nearest_centroid(vectors, centroids)
-    sizes = np.bincount(labels, minlength=cells)
-    shares = apportion(np.bincount(labels, weights=squares, minlength=cells), count, sizes)
-    seeds = [_plus_plus(vectors[labels == cell], int(n), random) for cell, n in enumerate(shares) if n]
-    return np.concatenate(seeds)
-
-
-def apportion(shares: np.ndarray, count: int, limits: np.ndarray) -> np.ndarray:
-    """`count` things over groups in proportion to `shares`, none above its limit. (g,) int64, summing to `count`."""
-    if count > limits.sum():
-        raise ValueError(f"{count} of at most {limits.sum()}")
-    given = np.zeros(len(shares), np.int64)
-    while (left := count - int(given.sum())) > 0:
-        open_groups = given < limits
-        weight = np.where(open_groups, shares, 0.0)
-        weight = weight / weight.sum() if weight.sum() > 0 else open_groups / open_groups.sum()
-        whole = np.minimum(np.floor(weight * left).astype(np.int64), limits - given)
-        if not whole.any():
-            order = np.lexsort((np.arange(len(shares)), -weight, ~open_groups))
-            whole[order[: min(left, int(open_groups.sum()))]] = 1
-        given += whole
-    return given
+        return _plus_plus(vectors, count, random)
 
 
 def _plus_plus(vectors: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """Greedy k-means++ on (n, d) float32: each seed is the best of 2 + ln k drawn in proportion to squared distance."""
+    """(count, d) seeds among (n, d) float32, each drawn in proportion to its squared distance to those before it.
+
+    The first ONE_BY_ONE are the best of 2 + ln k draws each. From then on a sixteenth more is chosen at once: of
+    TRIALS times as many draws those that lower the distances most, a vector counting for the draw nearest to it.
+    """
     rows = len(vectors)
     norms = np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)
     trials = 2 + int(math.log(count))
-    chosen = [int(random.integers(rows))]
     taken = np.zeros(rows, bool)
-    taken[chosen[0]] = True
-    potential = _squares(vectors, norms, np.array(chosen))[0]
-    while len(chosen) < count:
-        cumulative = np.cumsum(np.where(taken, 0.0, potential))
-        if cumulative[-1] <= 0:
-            # Only repeats are left: any of them will do.
-            rest = np.flatnonzero(~taken)[: count - len(chosen)]
-            chosen += rest.tolist()
-            break
-        drawn = np.searchsorted(cumulative, random.random(trials) * cumulative[-1], side="right")
-        candidates = np.unique(np.minimum(drawn, rows - 1))
-        candidates = candidates[~taken[candidates]]
-        if not len(candidates):
-            candidates = np.flatnonzero(~taken)[:1]
-        after = np.minimum(_squares(vectors, norms, candidates), potential)
-        best = int(np.argmin(after.sum(axis=1)))
-        potential = after[best]
-        chosen.append(int(candidates[best]))
-        taken[candidates[best]] = True
+    first = int(random.integers(rows))
+    chosen, taken[first] = [first], True
+    potential = _squares(vectors, norms, np.array([first]))[0]
+    while len(chosen) < count and potential[~taken].any():
+        share = np.where(taken, 0.0, potential)
+        if len(chosen) < ONE_BY_ONE:
+            candidates = _draw(share, trials, random)
+            after = np.minimum(_squares(vectors, norms, candidates), potential)
+            best = int(np.argmin(after.sum(axis=1)))
+            potential, drawn = after[best], candidates[best : best + 1]
+        else:
+            wanted = min(len(chosen) // 16, count - len(chosen))
+            candidates = _draw(share, TRIALS * wanted, random)
+            gains = np.zeros(len(candidates))
+            for part, nearest, squares in _nearest_candidates(vectors, norms, candidates):
+                np.add.at(gains, nearest, np.maximum(potential[part] - squares, 0.0))
+            drawn = np.sort(candidates[np.argsort(-gains, kind="stable")[:wanted]])
+            for part, _, squares in _nearest_candidates(vectors, norms, drawn):
+                potential[part] = np.minimum(potential[part], squares)
+        chosen += drawn.tolist()
+        taken[drawn] = True
+    # When only repeats are left, any of them will do.
+    chosen += np.flatnonzero(~taken)[: count - len(chosen)].tolist()
     return np.asarray(vectors[np.array(chosen)])
+
+
+def _nearest_candidates(
+    vectors: np.ndarray, norms: np.ndarray, candidates: np.ndarray
+) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    """(rows, place of the nearest candidate, squared distance to it) of a chunk of the vectors at a time."""
+    for start in range(0, len(vectors), CHUNK):
+        part = slice(start, start + CHUNK)
+        squares = norms[candidates][None, :] - 2.0 * (vectors[part] @ vectors[candidates].T)
+        nearest = squares.argmin(axis=1)
+        yield part, nearest, _without_noise(squares[np.arange(len(nearest)), nearest] + norms[part], norms)
+
+
+def _draw(shares: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
+    """Up to `count` distinct positions, each draw in proportion to `shares` (n,) float64."""
+    cumulative = np.cumsum(shares)
+    drawn = np.searchsorted(cumulative, random.random(count) * cumulative[-1], side="right")
+    drawn = np.unique(np.minimum(drawn, len(shares) - 1))
+    drawn = drawn[shares[drawn] > 0]
+    return drawn if len(drawn) else np.array([int(np.argmax(shares))])
 
 
 def _squares(vectors: np.ndarray, norms: np.ndarray, candidates: np.ndarray) -> np.ndarray:
     """(m, n) float64 squared distances of all vectors to the candidates among them, never below 0."""
     products = vectors[candidates] @ vectors.T
-    found = np.maximum(norms[candidates][:, None] + norms[None, :] - 2.0 * products, 0.0)
-    # Below the rounding of the float32 product a distance is nothing but noise.
-    found[found < 1e-6 * norms.max()] = 0.0
-    found[np.arange(len(candidates)), candidates] = 0.0
-    return np.asarray(found)
+    return _without_noise(norms[candidates][:, None] + norms[None, :] - 2.0 * products, norms)
+
+
+def _without_noise(squares: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    """Squared distances below the rounding of a float32 product are those of repeats: 0."""
+    return np.where(squares < 1e-6 * norms.max(), 0.0, squares)
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

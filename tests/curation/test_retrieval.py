@@ -1,0 +1,177 @@
+"""Retrieval against exact float64 search and naive versions of every rule."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from curation import retrieval
+from curation.order import FirstPerGroup, first_per_group, hash_keys
+from curation.retrieval import NO_ID, Draws, Neighbours
+
+
+def unit(rows: int, dimension: int, seed: int) -> np.ndarray:
+    found = np.random.default_rng(seed).standard_normal((rows, dimension))
+    return (found / np.linalg.norm(found, axis=1, keepdims=True)).astype(np.float16)
+
+
+def naive_neighbours(
+    seeds: np.ndarray, ids: np.ndarray, pool: np.ndarray, count: int
+) -> tuple[list[list[int]], list[list[float]]]:
+    """By the definition: float64 products, rounded to float32, ties by id."""
+    similar = (seeds.astype(np.float64) @ pool.astype(np.float64).T).astype(np.float32)
+    order = [sorted(range(len(pool)), key=lambda i, row=row: (-row[i], ids[i]))[:count] for row in similar]
+    return [[int(ids[i]) for i in mine] for mine in order], [
+        [float(similar[m][i]) for i in mine] for m, mine in enumerate(order)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("pool_rows", "count", "kind"), [(300, 4, np.float16), (300, 9, np.float32), (5, 8, np.float16)]
+)
+def test_neighbours_are_those_of_exact_float64_search(pool_rows: int, count: int, kind: type) -> None:
+    seeds, pool = unit(30, 24, 0).astype(kind), unit(pool_rows, 24, 1).astype(kind)
+    ids = np.random.default_rng(2).permutation(10_000)[:pool_rows].astype(np.uint64)
+    found = retrieval.nearest_neighbours(seeds, ids, pool, count)
+    exact, similarity = naive_neighbours(seeds, ids, pool, count)
+    kept = min(count, pool_rows)
+    assert found.ids[:, :kept].tolist() == exact
+    assert np.allclose(found.similarity[:, :kept], similarity, atol=0)
+    assert np.all(found.ids[:, kept:] == NO_ID)
+
+
+def test_many_equal_images_are_ranked_by_id() -> None:
+    seeds, pool = unit(5, 16, 0), unit(60, 16, 1)
+    pool = np.concatenate([pool, np.repeat(seeds[:1], 100, axis=0)])
+    ids = np.random.default_rng(0).permutation(len(pool)).astype(np.uint64)
+    found = retrieval.nearest_neighbours(seeds, ids, pool, 6)
+    assert found.ids.tolist() == naive_neighbours(seeds, ids, pool, 6)[0]
+    assert found.ids[0].tolist() == sorted(ids[60:].tolist())[:6]
+
+
+@given(st.permutations(range(5)))
+@settings(max_examples=10, deadline=None)
+def test_merged_parts_give_the_neighbours_of_the_whole_in_any_order(order: list[int]) -> None:
+    seeds, pool, ids = unit(7, 8, 0), unit(50, 8, 1), np.arange(50, dtype=np.uint64)
+    merged = Neighbours.none(7, 4)
+    for part in order:
+        merged = merged.merge(retrieval.nearest_neighbours(seeds, ids[part::5], pool[part::5], 4))
+    whole = retrieval.nearest_neighbours(seeds, ids, pool, 4)
+    assert np.array_equal(merged.ids, whole.ids)
+    assert np.array_equal(merged.similarity, whole.similarity)
+
+
+def few_images(seeds: int = 12, images: int = 9, depth: int = 9) -> tuple[np.ndarray, Neighbours]:
+    """Seeds that collide: more draws than images."""
+    seed_ids = np.arange(100, 100 + seeds, dtype=np.uint64)
+    return seed_ids, retrieval.nearest_neighbours(
+        unit(seeds, 6, 3), np.arange(images, dtype=np.uint64), unit(images, 6, 4), depth
+    )
+
+
+def rows_of(draws: Draws) -> list[tuple[int, int, int]]:
+    return list(zip(draws.image_id.tolist(), draws.seed_id.tolist(), draws.rank.tolist(), strict=True))
+
+
+def test_keep_all_has_a_row_for_every_seed_and_rank() -> None:
+    seed_ids, neighbours = few_images()
+    draws = retrieval.all_draws(seed_ids, neighbours, 3)
+    expected = [(int(neighbours.ids[s, r]), int(seed_ids[s]), r) for s in range(12) for r in range(3)]
+    assert rows_of(draws) == sorted(expected)
+    counts = retrieval.collisions(draws)
+    drawn = [image for image, _, _ in expected]
+    assert counts == {
+        "nominal": 36,
+        "unique": len(set(drawn)),
+        "colliding": sum(drawn.count(image) > 1 for image in set(drawn)),
+    }
+
+
+def test_unique_leaves_an_image_with_its_most_similar_seed() -> None:
+    seed_ids, neighbours = few_images()
+    everything = retrieval.all_draws(seed_ids, neighbours, 3)
+    draws = retrieval.unique_draws(everything)
+    assert draws.image_id.tolist() == sorted(set(everything.image_id.tolist()))
+    for image, similarity in zip(draws.image_id, draws.similarity, strict=True):
+        assert similarity == everything.similarity[everything.image_id == image].max()
+
+
+def test_next_best_settles_pairs_from_the_most_similar_down() -> None:
+    seed_ids, neighbours = few_images(seeds=4, images=30, depth=30)
+    draws = retrieval.next_best_draws(seed_ids, neighbours, 3)
+    pairs = sorted(
+        (-float(neighbours.similarity[s, r]), int(neighbours.ids[s, r]), s) for s in range(4) for r in range(30)
+    )
+    taken: dict[int, int] = {}
+    drawn = [0] * 4
+    expected = []
+    for _, image, seed in pairs:
+        if image not in taken and drawn[seed] < 3:
+            taken[image] = seed
+            expected.append((image, int(seed_ids[seed]), drawn[seed]))
+            drawn[seed] += 1
+    assert rows_of(draws) == sorted(expected)
+    assert len(draws) == len(set(draws.image_id.tolist())) == 12
+
+
+def test_next_best_leaves_seeds_short_when_the_pool_runs_out() -> None:
+    seed_ids, neighbours = few_images()
+    draws = retrieval.next_best_draws(seed_ids, neighbours, 3)
+    assert sorted(draws.image_id.tolist()) == list(range(9))
+
+
+def test_clusters_with_more_than_three_seeds_are_chosen() -> None:
+    clusters, seeds = retrieval.chosen_clusters(np.array([5, 5, 5, 5, 2, 2, 2, 9, 9, 9, 9, 9]), 4)
+    assert (clusters.tolist(), seeds.tolist()) == ([5, 9], [4, 5])
+
+
+@given(
+    st.lists(st.integers(0, 4), max_size=60), st.lists(st.integers(0, 12), min_size=5, max_size=5), st.integers(0, 9)
+)
+@settings(max_examples=80, deadline=None)
+def test_first_per_group_is_that_of_a_loop_however_parts_arrive(
+    groups: list[int], limits: list[int], seed: int
+) -> None:
+    ids = np.random.default_rng(seed).permutation(1000)[: len(groups)].astype(np.uint64)
+    keys = hash_keys(ids, seed, "test") % np.uint64(7)
+    member = np.array(groups, np.int32)
+    naive = [
+        (g, sorted((int(keys[i]), int(ids[i])) for i in range(len(groups)) if groups[i] == g)[: limits[g]])
+        for g in range(5)
+    ]
+    expected = [(g, key, image, rank) for g, mine in naive for rank, (key, image) in enumerate(mine)]
+    positions, ranks = first_per_group(member, keys, ids, np.array(limits))
+    assert [
+        (int(member[p]), int(keys[p]), int(ids[p]), int(r)) for p, r in zip(positions, ranks, strict=True)
+    ] == expected
+    taken = FirstPerGroup(np.array(limits))
+    for part in np.array_split(np.random.default_rng(seed).permutation(len(groups)), 3):
+        taken.add(member[part], keys[part], ids[part])
+    assert list(zip(*(column.tolist() for column in taken.result()), strict=True)) == expected
+
+
+@given(st.lists(st.integers(1, 8), min_size=1, max_size=6), st.integers(0, 40))
+@settings(max_examples=60, deadline=None)
+def test_a_cap_takes_one_image_a_round_from_every_cluster(sizes: list[int], cap: int) -> None:
+    ranks = np.concatenate([np.arange(size) for size in sizes])
+    keys = hash_keys(np.arange(len(ranks), dtype=np.uint64), 0, "test")
+    kept = retrieval.round_robin(ranks, keys, cap)
+    assert len(kept) == min(cap, len(ranks))
+    cluster = np.repeat(np.arange(len(sizes)), sizes)
+    taken = np.bincount(cluster[kept], minlength=len(sizes))
+    rounds = taken.max(initial=0)
+    assert all(n == min(size, rounds) or n == min(size, rounds - 1) for n, size in zip(taken, sizes, strict=True))
+    for index, n in enumerate(taken):
+        assert ranks[kept][cluster[kept] == index].tolist() == list(range(n))
+
+
+def test_the_seed_of_a_cluster_image_is_the_nearest_of_its_own_cluster() -> None:
+    images, seeds = unit(40, 8, 0), unit(25, 8, 1)
+    seed_ids = np.arange(25, dtype=np.uint64) + np.uint64(500)
+    image_groups, seed_groups = np.arange(40) % 3, np.arange(25) % 3
+    found, similarity = retrieval.nearest_seed(images, image_groups, seeds, seed_ids, seed_groups)
+    for row in range(40):
+        mine = np.flatnonzero(seed_groups == image_groups[row])
+        exact = (seeds[mine].astype(np.float64) @ images[row].astype(np.float64)).astype(np.float32)
+        assert similarity[row] == exact.max()
+        assert found[row] == seed_ids[mine[exact.argmax()]]
