@@ -118,7 +118,7 @@ def _run(config: RunConfig, first: str | None, until: str | None, rebuild: str |
 
     config = preflight.resolve(config)
     started = time.monotonic()
-    with ProgressDisplay() as display:
+    with ProgressDisplay(quiet=as_json) as display:
         events = Events(storage.join(config.run, "events.jsonl"), display)
         outcomes = driver.run(config, first=first, last=until, rebuild=rebuild, events=events)
     seconds = round(time.monotonic() - started, 1)

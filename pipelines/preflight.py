@@ -10,8 +10,11 @@ from pydantic import BaseModel
 
 from curation import storage
 from curation.errors import UserError
-from pipelines.configuration import RunConfig, SourceConfig
+from pipelines.configuration import RunConfig
 from pipelines.sources import source_name
+
+URL_LISTS = ("opt_out", "blocked_domains")
+"""Options of `download` that name a file."""
 
 
 def absolute(path: str) -> str:
@@ -27,7 +30,22 @@ def resolve(config: RunConfig) -> RunConfig:
     for source in config.sources:
         kind, origin = source.origin
         sources.append(source.model_copy(update={kind: absolute(origin)}))
-    return config.model_copy(update={"run": absolute(config.run), "sources": sources})
+    lists = {name: absolute(path) for name in URL_LISTS if (path := getattr(config.download, name)) is not None}
+    copy_model = config.filter.copy_model
+    return config.model_copy(
+        update={
+            "run": absolute(config.run),
+            "sources": sources,
+            "download": config.download.model_copy(update=lists),
+            "filter": config.filter.model_copy(update={"copy_model": copy_model and _model(copy_model)}),
+            "embed": config.embed.model_copy(update={"models": [_model(name) for name in config.embed.models]}),
+        }
+    )
+
+
+def _model(name: str) -> str:
+    family, _, path = name.partition(":")
+    return f"{family}:{absolute(path)}" if path and family in ("checkpoint", "sscd") else name
 
 
 def check(config: RunConfig) -> None:
@@ -49,13 +67,16 @@ def check_sources(config: RunConfig) -> None:
                 f"sources: {name} stands there {count} times; give each source a name of its own with `as:`"
             )
     for number, source in enumerate(config.sources):
-        _check_origin(f"sources.{number}", source)
+        kind, origin = source.origin
+        _check_origin(f"sources.{number}.{kind}", kind, origin)
+    for name in URL_LISTS:
+        if (path := getattr(config.download, name)) is not None:
+            _check_origin(f"download.{name}", "urls", path)
 
 
-def _check_origin(key: str, source: SourceConfig) -> None:
-    kind, origin = source.origin
+def _check_origin(key: str, kind: str, origin: str) -> None:
     fs, inner = storage.filesystem(origin)
-    where = f"{key}.{kind}: {origin}"
+    where = f"{key}: {origin}"
     if any(sign in origin for sign in "*?[") and not fs.exists(inner):
         if not fs.glob(inner):
             raise UserError(f"{where}: no file matches")
@@ -110,7 +131,7 @@ def check_models(config: RunConfig, stages: Collection[str]) -> None:
         registry.check(name)
     for block in ("cluster", "retrieve"):
         model = getattr(getattr(config, block), "model", None)
-        if block in stages and model is not None and model not in config.embed.models:
+        if block in stages and model and registry.slug(model) not in map(registry.slug, config.embed.models):
             raise UserError(
                 f"{block}.model: {model} is not among embed.models ({', '.join(config.embed.models)}); add it"
             )
