@@ -7,6 +7,8 @@ at cosines uniform in .6-.99 with isotropic noise, which is harder than the copi
 One process, one thread; all pairs that were planted are checked against the components found.
 """
 
+# The number of threads is set before numpy is imported.
+# ruff: noqa: E402
 import argparse
 import json
 import os
@@ -26,7 +28,7 @@ import pyarrow.parquet as pq
 from curation import vectors
 from curation.duplicates.components import components, sweep
 from curation.duplicates.join import JoinOptions, self_join, serial
-from curation.duplicates.members import Members, max_piece_rows, whole_set
+from curation.duplicates.members import Members, bundled, max_piece_rows, whole_set
 from curation.duplicates.scratch import Scratch
 
 
@@ -71,9 +73,7 @@ def main() -> None:
     parser.add_argument("--exact", action="store_true", help="compare every pair instead")
     parser.add_argument("--out", required=True)
     arguments = parser.parse_args()
-    stored, copy, original, similarity = make(
-        arguments.vectors, arguments.dimension, arguments.copies, arguments.seed
-    )
+    stored, copy, original, similarity = make(arguments.vectors, arguments.dimension, arguments.copies, arguments.seed)
     stages: dict[str, float] = {}
 
     def timed(function, calls, *, shared=None):  # type: ignore[no-untyped-def]
@@ -97,8 +97,8 @@ def main() -> None:
             recall=arguments.recall,
             exact_multiply_adds=float("inf") if arguments.exact else 0,
         )
-        pieces = whole_set(known, max_piece_rows(options.memory_bytes, known.dimension))
-        members = Members(tuple(pieces), known.dimension, True, known.rows)
+        most = max_piece_rows(options.memory_bytes, known.dimension)
+        members = Members(bundled(whole_set(known, most), most), known.dimension, True, known.rows)
         wall, cpu = time.perf_counter(), time.process_time()
         result = self_join(
             members,
@@ -118,7 +118,12 @@ def main() -> None:
     document = {
         "program": "benchmarks/join.py",
         "arguments": {key: value for key, value in vars(arguments).items() if key != "out"},
-        "machine": {"processor": _processor(), "cores": os.cpu_count(), "threads_used": 1, "system": platform.platform()},
+        "machine": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "threads_used": 1,
+            "system": platform.platform(),
+        },
         "versions": {name: version(name) for name in ("numpy", "numba", "faiss-cpu", "pyarrow")}
         | {"python": sys.version.split()[0]},
         "cpu_seconds": round(cpu, 2),

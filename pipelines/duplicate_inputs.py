@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation import vectors
-from curation.duplicates.members import Members, Piece, file_pieces, rank
+from curation.duplicates.members import Members, Piece, bundled, file_pieces, rank
 from curation.errors import UserError
 from curation.vectors import VectorSet
 from pipelines import embedded
@@ -106,7 +106,10 @@ class Inputs:
     def members(self, rows: Rows, places: np.ndarray | None, offset: int, count: int, max_rows: int) -> Members:
         """Rows as members of a join: row k is node places[k] + offset (None: k + offset)."""
         return Members(
-            tuple(self._pieces(rows, self.parts, places, offset, max_rows)), self.dimension, self.half, count
+            bundled(self._pieces(rows, self.parts, places, offset, max_rows), max_rows),
+            self.dimension,
+            self.half,
+            count,
         )
 
     def reference_members(self, ranked: Sequence[np.ndarray | None], offsets: np.ndarray, max_rows: int) -> Members:
@@ -114,7 +117,7 @@ class Inputs:
         pieces: list[Piece] = []
         for number, rows in enumerate(self.references):
             pieces += self._pieces(rows, self.reference_files, ranked[number], int(offsets[number + 1]), max_rows)
-        return Members(tuple(pieces), self.dimension, self.half, int(offsets[-1]))
+        return Members(bundled(pieces, max_rows), self.dimension, self.half, int(offsets[-1]))
 
     def _pieces(
         self, rows: Rows, files: Sequence[InputPart], places: np.ndarray | None, offset: int, max_rows: int

@@ -21,7 +21,7 @@ from curation import products
 from curation.duplicates import recall as recalls
 from curation.duplicates.components import components
 from curation.duplicates.forest import EDGE, ForestMerger, edges, maximum_spanning_forest, prune
-from curation.duplicates.members import Members, Piece
+from curation.duplicates.members import Bundle, Members, Piece
 from curation.duplicates.scratch import Reader, Scratch
 from curation.errors import UserError
 from curation.order import hash_keys, take_hashed
@@ -130,7 +130,7 @@ def store(members: Members, scratch: Scratch, spread: Spread, folder: str = "sto
         pass
 
 
-def store_piece(scratch: Scratch, name: str, piece: Piece, dimension: int, _: Any) -> None:
+def store_piece(scratch: Scratch, name: str, piece: Piece | Bundle, dimension: int, _: Any) -> None:
     """Write one piece's nodes and vectors."""
     nodes, vectors = piece.read(dimension)
     scratch.put(name, {"nodes": nodes, "vectors": vectors})
@@ -344,7 +344,7 @@ def gather(members: Members, nodes: np.ndarray, spread: Spread) -> tuple[np.ndar
     return nodes, vectors
 
 
-def gather_piece(piece: Piece, dimension: int, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def gather_piece(piece: Piece | Bundle, dimension: int, nodes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The rows of a piece whose nodes are wanted."""
     wanted = np.isin(piece.numbers(), nodes)
     if not wanted.any():
@@ -374,7 +374,7 @@ def train_cells(cells: int, seed: int, sample: np.ndarray) -> np.ndarray:
         faiss.omp_set_num_threads(threads)
 
 
-def search_queries(piece: Piece, dimension: int, shared: Any) -> tuple[np.ndarray, np.ndarray]:
+def search_queries(piece: Piece | Bundle, dimension: int, shared: Any) -> tuple[np.ndarray, np.ndarray]:
     """Exact search of the sampled queries in one piece.
 
     Returns (pairs (p,) SAMPLE_PAIR, (cells,) int64 of a sample of the piece's homes, for the cost of a visit).
@@ -438,7 +438,9 @@ def _by_cells(members: Members, plan: Plan, options: JoinOptions, scratch: Scrat
     return collect(scratch, todo, join_cells, spread, members.count, options, shared=kinds)
 
 
-def assign_piece(scratch: Scratch, name: str, piece: Piece, dimension: int, visits: int, centroids: np.ndarray) -> None:
+def assign_piece(
+    scratch: Scratch, name: str, piece: Piece | Bundle, dimension: int, visits: int, centroids: np.ndarray
+) -> None:
     """Shuffle one piece by home cell, and list its visitors by visited cell."""
     nodes, stored = piece.read(dimension)
     cells = len(centroids)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from curation.duplicates.join import Spread, serial
-from curation.duplicates.members import Members, Piece
+from curation.duplicates.members import Bundle, Members, Piece
 from curation.duplicates.scratch import Scratch
 
 
@@ -35,13 +35,13 @@ def medoids(
     return np.asarray(kept)
 
 
-def _mine(piece: Piece, labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def _mine(piece: Piece | Bundle, labels: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """(rows,) int64 label of each row that has company, -1 for the others."""
     mine = labels[piece.numbers()].astype(np.int64)
     return np.where(sizes[mine] > 1, mine, -1)
 
 
-def _store(scratch: Scratch, name: str, piece: Piece, dimension: int, labels: np.ndarray, _: object) -> None:
+def _store(scratch: Scratch, name: str, piece: Piece | Bundle, dimension: int, labels: np.ndarray, _: object) -> None:
     order = np.argsort(labels, kind="stable")[int((labels < 0).sum()) :]
     nodes, vectors = piece.read(dimension)
     scratch.put(name, {"labels": labels[order], "nodes": nodes[order], "vectors": vectors[order]})

@@ -8,6 +8,8 @@ import pyarrow.parquet as pq
 
 from curation.vectors import VectorSet, open_parquet, read_vectors
 
+SMALLEST_BUNDLE = 8192
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -36,10 +38,52 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Bundle:
+    """Consecutive small pieces that are worked on as one: a run's parts hold a thousand rows each."""
+
+    pieces: tuple[Piece, ...]
+
+    @property
+    def rows(self) -> int:
+        return sum(piece.rows for piece in self.pieces)
+
+    @property
+    def fresh(self) -> bool:
+        return self.pieces[0].fresh
+
+    def numbers(self) -> np.ndarray:
+        """(rows,) uint32 nodes."""
+        return np.concatenate([piece.numbers() for piece in self.pieces])
+
+    def read(self, dimension: int) -> tuple[np.ndarray, np.ndarray]:
+        """((rows,) uint32 nodes, (rows, d) vectors as stored)."""
+        nodes, vectors = zip(*(piece.read(dimension) for piece in self.pieces), strict=True)
+        return np.concatenate(nodes), np.concatenate(vectors)
+
+
+def bundled(pieces: Sequence[Piece], max_rows: int) -> tuple[Bundle, ...]:
+    """Pieces in bundles of one kind (fresh or not) and about a 64th of all rows, at most `max_rows` where pieces allow.
+
+    Tasks must be few (each keeps an offset per cell) and yet many enough to spread.
+    """
+    room = min(max_rows, max(SMALLEST_BUNDLE, sum(piece.rows for piece in pieces) // 64))
+    found: list[list[Piece]] = []
+    filled = 0
+    for piece in pieces:
+        if found and found[-1][0].fresh == piece.fresh and filled + piece.rows <= room:
+            found[-1].append(piece)
+            filled += piece.rows
+        else:
+            found.append([piece])
+            filled = piece.rows
+    return tuple(Bundle(tuple(group)) for group in found)
+
+
+@dataclass(frozen=True)
 class Members:
     """All vectors of one join. `count` nodes exist; the members are some or all of them."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Piece | Bundle, ...]
     dimension: int
     half: bool
     """Stored as float16, else float32."""
@@ -113,8 +157,3 @@ def _piece(
     consecutive = bool((nodes[1:].astype(np.int64) - nodes[:-1] == 1).all())
     small: np.ndarray | int = int(nodes[0]) if consecutive else nodes.astype(np.uint32)
     return Piece(path, groups, None if positions is None else positions.astype(np.uint32), small, len(nodes), fresh)
-
-
-def sources(pieces: Sequence[Piece]) -> list[str]:
-    """The files behind pieces, each once, in order."""
-    return list(dict.fromkeys(piece.path for piece in pieces))

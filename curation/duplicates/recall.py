@@ -74,7 +74,7 @@ def measured(pairs: np.ndarray, found: np.ndarray, threshold: float, queries: in
     weight = above["weight"].astype(np.float64)
     total = np.bincount(cluster, weight)
     hits = np.bincount(cluster, weight * hit)
-    share = hits.sum() / total.sum()
+    share = float(hits.sum() / total.sum())
     effective = _effective_pairs(total, hits, share)
     low, high = wilson(share, effective)
     return asdict(Recall(threshold, share, low, high, round(float(total.sum())), queries, len(nodes)))

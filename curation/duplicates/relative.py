@@ -27,7 +27,7 @@ from curation.duplicates.join import (
     store,
     tiles,
 )
-from curation.duplicates.members import Members, Piece
+from curation.duplicates.members import Bundle, Members, Piece
 from curation.duplicates.scratch import Reader, Scratch
 
 HITS_PER_SET = 8
@@ -90,7 +90,7 @@ def relative_join(
 def join_references(
     scratch: Scratch,
     name: str,
-    piece: Piece,
+    piece: Piece | Bundle,
     dimension: int,
     cut: Sequence[Tile],
     half: bool,

@@ -15,6 +15,8 @@ import numpy as np
 
 from curation import storage
 
+OPEN_ARRAYS = 256
+
 
 @dataclass(frozen=True)
 class Scratch:
@@ -79,7 +81,10 @@ class Scratch:
 
 
 class Reader:
-    """A scratch read by one task: each array is opened once."""
+    """A scratch read by one task: an array is opened once while it is among the last OPEN_ARRAYS.
+
+    A mapped array holds a file descriptor, and 1,024 of them is a common limit.
+    """
 
     def __init__(self, scratch: Scratch) -> None:
         self.scratch = scratch
@@ -89,5 +94,7 @@ class Reader:
         """An array, memory-mapped."""
         found = self._open.get((name, key))
         if found is None:
+            if len(self._open) >= OPEN_ARRAYS:
+                del self._open[next(iter(self._open))]
             found = self._open[name, key] = self.scratch.get(name, key)
         return found

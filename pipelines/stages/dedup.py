@@ -182,7 +182,7 @@ def _spread(context: Context, stage: str) -> "Spread":
     return run
 
 
-def _scratch(generation: Generation, context: Context, pieces: Sequence[Any]) -> "Scratch":
+def _scratch(generation: Generation, context: Context, members: "Members") -> "Scratch":
     """Scratch of a generation: beside its parts, or in the temporary folder where the run is on an object store."""
     from curation.duplicates.scratch import Scratch
 
@@ -190,12 +190,9 @@ def _scratch(generation: Generation, context: Context, pieces: Sequence[Any]) ->
     inside = storage.is_local(generation.directory)
     folder = generation.file("scratch") if inside else f"{tempfile.gettempdir()}/curate-{digest[:24]}"
     scratch = Scratch(storage.filesystem(folder)[1])
-    files = [[p.path.rsplit("/", 1)[-1], p.rows, p.fresh, list(p.row_groups or ())] for p in pieces]
-    key = {
-        "fingerprint": digest,
-        "memory": context.resources.memory_bytes,
-        "pieces": storage.sha256(json.dumps(files).encode()),
-    }
+    # How work is cut is part of the key: the fingerprint says which vectors, these say which task has which.
+    pieces = [[piece.rows, piece.fresh] for piece in members.pieces]
+    key = {"fingerprint": digest, "memory": context.resources.memory_bytes, "pieces": pieces}
     scratch.prepare(key)
     return scratch
 
@@ -286,7 +283,7 @@ class _Search:
             report = json.loads(storage.read_bytes(earlier[-1].file("recall.json")))
             return _read_forest(earlier[-1].part_paths, nodes), report
         options = self._join_options()
-        scratch = _scratch(self.generation, self.context, members.pieces)
+        scratch = _scratch(self.generation, self.context, members)
         thresholds = [t for t in SWEEP if t >= self.lowest]
         found = self_join(members, nodes.ids[0], options, scratch, _spread(self.context, SEARCH), thresholds)
         merger = ForestMerger(nodes.count)
@@ -357,7 +354,7 @@ class _Dedup:
         rows_at_once = members.max_piece_rows(self.context.resources.memory_bytes, inputs.dimension)
         pool = inputs.members(inputs.pool, places, 0, len(ids), rows_at_once)
         self_forest, search_report = self.searching.run(pool, nodes)
-        scratch = _scratch(self.generation, self.context, pool.pieces)
+        scratch = _scratch(self.generation, self.context, pool)
 
         labels = components.components(self_forest, len(ids), config.threshold)
         place = np.arange(len(ids)) if places is None else places.astype(np.int64)

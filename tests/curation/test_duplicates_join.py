@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,8 @@ from curation import products, vectors
 from curation.duplicates import components as comp
 from curation.duplicates import forest as f
 from curation.duplicates import recall as recalls
-from curation.duplicates.join import CellTask, JoinOptions, cell_tasks, self_join
-from curation.duplicates.members import Members, Piece, file_pieces, max_piece_rows, rank, whole_set
+from curation.duplicates.join import CellTask, JoinOptions, _by_cells, _plan, cell_tasks, self_join, serial
+from curation.duplicates.members import Members, Piece, bundled, file_pieces, max_piece_rows, rank, whole_set
 from curation.duplicates.scratch import Scratch
 
 
@@ -74,14 +75,10 @@ def test_cells_that_visit_everything_find_everything(tmp_path: Path) -> None:
     x = planted()
     options = JoinOptions(0.45, recall=1.0, exact_multiply_adds=0)
     members = members_of(tmp_path / "e", x)
-    from curation.duplicates.join import _by_cells, _plan
 
     scratch = Scratch(str(tmp_path / "s"))
-    from dataclasses import replace
 
-    from curation.duplicates.join import serial
-
-    plan = replace(_plan(members, IDS[: len(x)], options, scratch, serial), visits=219)
+    plan = _plan(members, IDS[: len(x)], options, scratch, serial)
     plan = replace(plan, visits=len(plan.centroids))
     forest = _by_cells(members, plan, options, scratch, serial)
     assert forest.tobytes() == f.maximum_spanning_forest(oracle(x, 0.45)).tobytes()
@@ -252,6 +249,10 @@ def test_pieces_are_cut_between_row_groups_and_cover_every_row(tmp_path: Path) -
     known = write(tmp_path, planted(1000, 16), parts=1)
     positions = np.arange(0, 1000, 3)
     pieces = file_pieces(known.partitions[0].path, positions.astype(np.uint32), positions, True, 450)
+    bundles = bundled(pieces, 300)
+    assert 1 < len(bundles) < 3
+    assert (np.concatenate([b.numbers() for b in bundles]) == positions).all()
+    assert (np.concatenate([b.read(16)[1] for b in bundles]) == planted(1000, 16)[positions]).all()
     assert len(pieces) == 3 and sum(p.rows for p in pieces) == len(positions)
     read = np.concatenate([p.read(16)[1] for p in pieces])
     assert (read == planted(1000, 16)[positions]).all()
