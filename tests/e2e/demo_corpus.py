@@ -28,6 +28,8 @@ def draw(path: Path, number: int, size: tuple[int, int]) -> None:
         x, y, r = (int(v) for v in random.integers(0, max(size), 3))
         colour = tuple(int(c) for c in random.integers(0, 256, 3))
         (pen.ellipse if random.random() < 0.5 else pen.rectangle)([x, y, x + r // 2, y + r // 3], fill=colour)
+    noise = random.integers(-9, 10, (size[1], size[0], 3))
+    image = Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)
 
