@@ -169,17 +169,22 @@ def _suggest(location: tuple[Any, ...], model: type[BaseModel]) -> str:
 
     current: Any = model
     for part in location[:-1]:
-        if isinstance(part, str) and isinstance(current, type) and issubclass(current, BaseModel):
-            by_name = {f.alias or n: f.annotation for n, f in current.model_fields.items()}
-            if part not in by_name:
-                return ""
-            current = by_name[part]
-        current = _model_in(current)
-        if current is None:
-            return ""
-    known = [f.alias or n for n, f in getattr(current, "model_fields", {}).items()]
+        current = _below(current, part)
+    current = _model_in(current)
+    if current is None:
+        return ""
+    known = [f.alias or n for n, f in current.model_fields.items()]
     close = difflib.get_close_matches(str(location[-1]), known, 1)
     return f", did you mean `{close[0]}`?" if close else f"; known: {', '.join(known)}"
+
+
+def _below(kind: Any, part: Any) -> Any:
+    """The annotation of a model's field, or of an element of a list or mapping."""
+    if isinstance(kind, type) and issubclass(kind, BaseModel):
+        return {f.alias or n: f.annotation for n, f in kind.model_fields.items()}.get(part)
+    if typing.get_origin(kind) in (list, dict):
+        return typing.get_args(kind)[-1]
+    return next((found for a in typing.get_args(kind) if (found := _below(a, part)) is not None), None)
 
 
 def _model_in(kind: Any) -> type[BaseModel] | None:
