@@ -36,10 +36,14 @@ def luminance(pixels: np.ndarray) -> np.ndarray:
 
 def contrast(luminances: np.ndarray) -> np.ndarray:
     """Standard deviation of each luminance. (n, 32, 32) uint8 -> (n,) float32 in 0-127.5."""
-    flat = luminances.reshape(len(luminances), -1).astype(np.int64)
+    flat = _flat(luminances).astype(np.int64)
     count = flat.shape[1]
     spread = count * np.einsum("ij,ij->i", flat, flat) - flat.sum(axis=1) ** 2
     return (np.sqrt(spread.astype(np.float64)) / count).astype(np.float32)
+
+
+def _flat(luminances: np.ndarray) -> np.ndarray:
+    return luminances.reshape(len(luminances), LUMINANCE_SIDE**2)
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class PcaHash:
 
     def __call__(self, luminances: np.ndarray) -> np.ndarray:
         """(n, 32, 32) uint8 -> (n,) uint64; bit k is the sign of component k."""
-        flat = luminances.reshape(len(luminances), -1).astype(np.float64)
+        flat = _flat(luminances).astype(np.float64)
         bits = (flat @ self.directions.T > self.thresholds).astype(np.uint64)
         weights = np.uint64(1) << np.arange(COMPONENTS, dtype=np.uint64)
         return np.asarray((bits * weights).sum(axis=1, dtype=np.uint64))
@@ -78,7 +82,7 @@ def fit(luminances: np.ndarray) -> PcaHash | None:
 
     if len(luminances) < LEAST_IMAGES:
         return None
-    flat = luminances.reshape(len(luminances), -1).astype(np.float64)
+    flat = _flat(luminances).astype(np.float64)
     with threadpool_limits(limits=1):
         model = IncrementalPCA(n_components=COMPONENTS, batch_size=1024).fit(flat)
     directions = np.rint(model.components_ * _SCALE) / _SCALE

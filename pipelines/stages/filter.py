@@ -55,10 +55,12 @@ class FilterConfig(score.ScoreConfig):
         description="NSFW probability above which an image is dropped (0.8: what open_nsfw's authors call high)",
     )
     pca_hash_distance: int = Field(
-        0,
+        2,
         ge=-1,
         le=15,
-        description="bits of 64 in which the PCA hashes of two copies may differ; -1: do not compare hashes",
+        description="bits of 64 in which the PCA hashes of two copies may differ; -1: not compared. On 1,500 mixed images "
+        "2 finds 92-100 % of resized and recompressed copies and drops 0.07 % wrongly; 4 finds 99 % and drops 0.7 % "
+        "(docs/filter.md)",
     )
 
     def decision_options(self) -> dict[str, Any]:

@@ -69,6 +69,10 @@ def test_bits_do_not_depend_on_the_batch(fitted: hashes.PcaHash) -> None:
     np.testing.assert_array_equal(fitted(luminances), alone)
 
 
+def test_no_images_have_no_hashes_and_no_contrast(fitted: hashes.PcaHash) -> None:
+    assert len(fitted(blobs(0).reshape(0, 32, 32))) == len(hashes.contrast(np.empty((0, 32, 32), np.uint8))) == 0
+
+
 def test_equal_samples_give_equal_files(fitted: hashes.PcaHash) -> None:
     again = hashes.fit(blobs(300))
     assert again is not None and again.to_bytes() == fitted.to_bytes()

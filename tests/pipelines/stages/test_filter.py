@@ -19,14 +19,21 @@ from pipelines import duplicate_search, shuffle
 from pipelines.context import Context, Outcome
 from pipelines.run_directory import RunDirectory
 from pipelines.stages import filter as filter_stage
+from pipelines.stages import score
 from pipelines.stages.filter import FilterConfig
-from tests.pipelines.image_runs import bring, encoded, picture
+from tests.pipelines.image_runs import bring, encoded, pass_in_this_process, picture
 
 pytestmark = [
     pytest.mark.usefixtures("ray_session"),
     pytest.mark.skipif(not registry.offline_models(), reason="no copy model is installed"),
 ]
 MODEL = "sscd_distilled" if "sscd_distilled" in registry.offline_models() else "mobilenet_v2"
+
+
+@pytest.fixture(autouse=True)
+def scored_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """These tests are about decisions; test_score.py runs the pass over the pixels on Ray."""
+    monkeypatch.setattr(score, "image_pass", pass_in_this_process)
 
 
 def run_filter(root: Path, rebuild: bool = False, **options: Any) -> Outcome:

@@ -21,12 +21,10 @@ from embeddings.decoding import decode
 from embeddings.models import registry
 from pipelines.context import Context, Outcome
 from pipelines.erasure import erase_originals
-from pipelines.image_parts import input_parts
 from pipelines.run_directory import RunDirectory
-from pipelines.scoring import PartMaker, Scoring, score_part
 from pipelines.stages import score
 from pipelines.stages.score import ScoreConfig
-from tests.pipelines.image_runs import bring, encoded, picture
+from tests.pipelines.image_runs import bring, encoded, pass_in_this_process, picture
 
 pytestmark = [
     pytest.mark.usefixtures("ray_session"),
@@ -36,6 +34,12 @@ needs_faces = pytest.mark.skipif(faces.missing() is not None, reason="`python -m
 needs_nsfw = pytest.mark.skipif(nsfw.missing() is not None, reason="the extra `filters` is not installed")
 MONA_LISA = (Path(__file__).parents[2] / "embeddings" / "mona_lisa.jpg").read_bytes()
 MODEL = "sscd_distilled" if "sscd_distilled" in registry.offline_models() else "mobilenet_v2"
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of these tests are about what is computed, not where."""
+    monkeypatch.setattr(score, "image_pass", pass_in_this_process)
 
 
 def config(**options: Any) -> ScoreConfig:
@@ -114,7 +118,10 @@ def test_scores_are_those_of_the_functions(tmp_path: Path) -> None:
         assert float(vector.astype(np.float32) @ expected) > 0.9999
 
 
-def test_one_worker_or_two_interrupted_or_not_the_bytes_are_equal(tmp_path: Path) -> None:
+def test_one_worker_or_two_interrupted_or_not_the_bytes_are_equal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # on Ray: two decode workers, two actors
     files = [picture(n, 64 + n % 5, 64) for n in range(hashes.LEAST_IMAGES + 6)]
     whole = tmp_path / "whole"
     bring(whole, "pool:web", files, rows_per_part=27)
@@ -135,20 +142,12 @@ def test_one_worker_or_two_interrupted_or_not_the_bytes_are_equal(tmp_path: Path
     assert not run_score(tmp_path / "cut").skipped
     assert contents(tmp_path / "cut") == expected
 
-    # One worker is this process, without Ray: the parts one after the other through the same two steps.
-    context = Context(RunDirectory(str(whole)))
-    (generation,) = context.run.stage("score").generations()
-    fitted = hashes.PcaHash.from_bytes(expected[f"score/gen-0000/{score.PCA_HASH}"])
-    scoring = Scoring(str(whole), registry.preparation(MODEL), fitted, False, False, 0.5, 480, True, frozenset())
-    alone = storage.join(str(tmp_path), "alone")
-    maker = PartMaker(
-        type(generation.writer)(alone, generation.writer.fingerprint), MODEL, "cpu", "score/gen-0000/faces"
-    )
-    for part in input_parts(context, generation):
-        maker(part.name, score_part(part.path, scoring))
-    for name, data in expected.items():
-        if name.endswith(".parquet"):
-            assert (tmp_path / "alone" / name.removeprefix("score/gen-0000/")).read_bytes() == data, name
+    (tmp_path / "alone" / "score").mkdir(parents=True)
+    for name in ("download", "sources.json"):
+        (tmp_path / "alone" / name).symlink_to(whole / name)
+    monkeypatch.setattr(score, "image_pass", pass_in_this_process)
+    run_score(tmp_path / "alone")
+    assert contents(tmp_path / "alone") == expected
     assert run_score(whole).skipped
 
 
@@ -167,7 +166,8 @@ def test_a_later_generation_uses_the_hash_that_was_fitted(tmp_path: Path) -> Non
 
 @needs_faces
 @needs_nsfw
-def test_faces_are_blurred_in_copies_and_originals_stay(tmp_path: Path) -> None:
+def test_faces_are_blurred_in_copies_and_originals_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # on Ray
     root = tmp_path / "run"
     large = encoded(Image.open(io.BytesIO(MONA_LISA)).resize((260, 300)), "PNG")
     bring(root, "pool:web", [picture(0), MONA_LISA, large])
