@@ -1,7 +1,6 @@
 """Which embeddings the selection stages work on: the pool and the seed sets of a run, or folders from elsewhere."""
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -64,6 +63,12 @@ def _configured_models(context: Context) -> list[str]:
     return list(getattr(configuration.load(path).embed, "models", []))
 
 
+def source_number(part_name: str) -> int | None:
+    """The source that a part's name gives: part-SSS-IIIIII."""
+    match = PART.match(part_name)
+    return int(match.group(1)) if match else None
+
+
 def pool_parts(context: Context, generations: Iterable[Generation]) -> list[EmbeddingPart]:
     """The parts of pool images in these generations of an embed stage, in order."""
     return [part for source, part in _parts(context, generations) if source.role == "pool"]
@@ -83,11 +88,11 @@ def _parts(context: Context, generations: Iterable[Generation]) -> list[tuple[So
     found = []
     for generation in generations:
         for record in generation.parts:
-            match = PART.match(record.name)
-            if match is None or int(match.group(1)) not in sources:
+            number = source_number(record.name)
+            if number is None or number not in sources:
                 raise UserError(f"{generation.writer.path(record.name)}: belongs to no source of this run", exit_code=1)
             part = EmbeddingPart(record.name, generation.writer.path(record.name), record.rows)
-            found.append((sources[int(match.group(1))], part))
+            found.append((sources[number], part))
     return found
 
 
@@ -118,7 +123,9 @@ def cluster_paths(folder: str) -> list[str]:
         raise UserError(f"{folder}: {where}; give a folder that `curate cluster` wrote")
     for path in paths:
         try:
-            names = pq.read_schema(io.BytesIO(storage.read_bytes(path))).names
+            fs, inner = storage.filesystem(path)
+            with fs.open(inner, "rb") as file:
+                names = pq.read_schema(file).names
         except (OSError, pa.ArrowInvalid) as error:
             raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
         missing = [name for name in ("image_id", "cluster_1", "distance") if name not in names]
@@ -136,7 +143,7 @@ def leaf_sizes(context: Context, paths: Iterable[str], count: int) -> np.ndarray
 
 
 def _count_leaves(path: str, count: int, _: None) -> np.ndarray:
-    leaves = pq.read_table(io.BytesIO(storage.read_bytes(path)), columns=["cluster_1"])["cluster_1"].to_numpy()
+    (leaves,) = read_columns(path, ["cluster_1"])
     if len(leaves) and (leaves.min() < 0 or leaves.max() >= count):
         raise UserError(f"{path}: a cluster outside the {count:,} of the centroids beside it; cluster the pool again")
     return np.bincount(leaves, minlength=count)
@@ -152,8 +159,16 @@ def ids_digest(context: Context, paths: Iterable[str]) -> tuple[int, int]:
 
 
 def _digest_ids(path: str, _: None) -> tuple[int, int]:
-    ids = pq.read_table(io.BytesIO(storage.read_bytes(path)), columns=["image_id"])["image_id"].to_numpy()
+    (ids,) = read_columns(path, ["image_id"])
     return len(ids), int(np.sum(hash_keys(ids, 0, "digest"), dtype=np.uint64))
+
+
+def read_columns(path: str, columns: list[str]) -> list[np.ndarray]:
+    """Columns of a Parquet file; nothing else of it is read."""
+    fs, inner = storage.filesystem(path)
+    with fs.open(inner, "rb") as file:
+        table = pq.read_table(file, columns=columns)
+    return [table[name].to_numpy() for name in columns]
 
 
 def files_digest(paths: Iterable[str]) -> str:

@@ -1,15 +1,13 @@
 """Balance: a sample of the pool spread evenly over the hierarchy of clusters, exactly as many images as asked for."""
 
-import io
 from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
-from curation import balance, hierarchy, order, storage
+from curation import balance, hierarchy, order
 from curation.errors import UserError
 from curation.hierarchy import Hierarchy
 from curation.schemas import BALANCE
@@ -89,9 +87,7 @@ def _summary(
 
 def _first_of_part(path: str, leaves: str, seed: int, wanted: np.ndarray) -> Sequence[np.ndarray]:
     """(leaf, key, image_id) of what one part can give."""
-    columns = ["image_id", "cluster_1", "distance"]
-    table = pq.read_table(io.BytesIO(storage.read_bytes(path)), columns=columns)
-    ids, groups, distances = (table[name].to_numpy() for name in columns)
+    ids, groups, distances = embedded.read_columns(path, ["image_id", "cluster_1", "distance"])
     keys = balance.member_keys(ids, distances, leaves, seed)
     rows, _ = order.first_per_group(groups, keys, ids, wanted)
     return groups[rows], keys[rows], ids[rows]

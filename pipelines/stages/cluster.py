@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
 from curation import hierarchy, order, storage, vectors
@@ -226,7 +225,7 @@ def _sample(context: Context, config: ClusterConfig, generation: Generation, ope
 
 
 def _low_keys(path: str, seed: int, bound: int, _: None) -> np.ndarray:
-    ids = pq.read_table(io.BytesIO(storage.read_bytes(path)), columns=["image_id"])["image_id"].to_numpy()
+    (ids,) = embedded.read_columns(path, ["image_id"])
     keys = order.hash_keys(ids, seed, "cluster sample")
     return np.asarray(keys[keys <= np.uint64(bound)])
 

@@ -5,19 +5,18 @@ parts are sorted by image_id and no process holds all rows.
 """
 
 import difflib
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
-from curation import mixing, storage
+from curation import mixing
 from curation.errors import UserError
 from curation.schemas import SOURCE_SHIFT
 from pipelines.context import Context, Outcome, StageConfig
+from pipelines.embedded import read_columns, source_number
 from pipelines.run_directory import Generation, PartRecord, PartWriter
 
 NAME = "mix"
@@ -108,7 +107,8 @@ def _plan(context: Context, config: MixConfig) -> Plan:
     chosen = [source for source in seeds if "all" in config.as_is or source.label in config.as_is]
     names = list(dict.fromkeys(source.name for source in chosen))
     index = {name: i for i, name in enumerate(names)}
-    inputs = [Input("seed", path) for path in context.run.stage("filter").part_paths()] if chosen else []
+    numbers = {source.number for source in chosen}
+    inputs = [Input("seed", path) for path in _parts_of(context, "filter", numbers)]
     retrieved = _newest(context, "retrieve")
     if retrieved is not None:
         names += [f"retrieve:{name}" for name in retrieved.summary["seed_sets"]]
@@ -119,12 +119,22 @@ def _plan(context: Context, config: MixConfig) -> Plan:
         inputs += [Input("balance", path) for path in balanced.part_paths]
     if not names:
         raise UserError(
-            "mix: nothing to mix: no seed set enters as it is, and neither `curate retrieve` nor `curate balance` has run; "
-            "run one of them first"
+            "mix: nothing to mix: no seed set enters as it is, and neither `curate retrieve` nor `curate balance` "
+            "has run; run one of them first"
         )
-    dedup = [Input("seed", path) for path in context.run.stage("dedup").part_paths()] if chosen else []
+    dedup = [Input("seed", path) for path in _parts_of(context, "dedup", numbers)]
     exempt = frozenset(source.number for source in chosen if source.exempt)
     return Plan(names, {source.number: index[source.name] for source in chosen}, exempt, dedup, inputs)
+
+
+def _parts_of(context: Context, stage: str, sources: set[int]) -> list[str]:
+    """The parts that hold rows of these sources."""
+    return [
+        generation.writer.path(part.name)
+        for generation in context.run.stage(stage).generations()
+        for part in generation.parts
+        if source_number(part.name) in sources
+    ]
 
 
 def _newest(context: Context, stage: str) -> Generation | None:
@@ -178,18 +188,13 @@ def _measured(
 
 
 def _measure(one: Input, seeds: frozenset[int], _: None) -> tuple[tuple[np.ndarray, np.ndarray], Input]:
-    ids = _read(one.path, ["image_id"])[0]
+    ids = read_columns(one.path, ["image_id"])[0]
     if one.kind == "seed":
         ids = ids[np.isin(ids >> np.uint64(SOURCE_SHIFT), np.array(sorted(seeds), np.uint64))]
     if not len(ids):
         return (np.empty(0, np.uint64), np.empty(0, np.int64)), Input(one.kind, one.path, 0, -1)
     buckets, rows = np.unique(ids >> np.uint64(BUCKET_SHIFT), return_counts=True)
     return (buckets, rows), Input(one.kind, one.path, int(ids.min()), int(ids.max()))
-
-
-def _read(path: str, columns: list[str]) -> list[np.ndarray]:
-    table = pq.read_table(io.BytesIO(storage.read_bytes(path)), columns=columns)
-    return [table[name].to_numpy() for name in columns]
 
 
 # ---- one range ------------------------------------------------------------------------------------------------------
@@ -206,18 +211,18 @@ def _brought(plan: Plan, bounds: tuple[int, int]) -> tuple[np.ndarray, np.ndarra
         if one.high < low or one.low >= high:
             continue
         if one.kind == "seed":
-            found, status = _read(one.path, ["image_id", "status"])
+            found, status = read_columns(one.path, ["image_id", "status"])
             number = (found >> np.uint64(SOURCE_SHIFT)).astype(np.int64)
             source = np.array([plan.seeds.get(int(n), -1) for n in np.unique(number)])
             kind = source[np.searchsorted(np.unique(number), number)]
             fits = (kind >= 0) & (status == "ok") & ~np.isin(found, rejected)
         elif one.kind == "retrieve":
-            found, seed_sets = _read(one.path, ["image_id", "seed_set"])
+            found, seed_sets = read_columns(one.path, ["image_id", "seed_set"])
             labels, place = np.unique(seed_sets.astype(str), return_inverse=True)
             kind = np.array([index[f"retrieve:{label}"] for label in labels], np.int64)[place]
             fits = np.ones(len(found), bool)
         else:
-            (found,) = _read(one.path, ["image_id"])
+            (found,) = read_columns(one.path, ["image_id"])
             kind = np.full(len(found), index["balance"])
             fits = np.ones(len(found), bool)
         fits &= (found >= np.uint64(low)) & (found < np.uint64(high))
@@ -232,7 +237,7 @@ def _rejected(plan: Plan, bounds: tuple[int, int]) -> np.ndarray:
     for one in plan.dedup:
         if one.high < bounds[0] or one.low >= bounds[1]:
             continue
-        ids, kept = _read(one.path, ["image_id", "kept"])
+        ids, kept = read_columns(one.path, ["image_id", "kept"])
         exempt = np.isin(ids >> np.uint64(SOURCE_SHIFT), np.array(sorted(plan.exempt), np.uint64))
         found.append(ids[~kept.astype(bool) & ~exempt])
     return np.concatenate(found)

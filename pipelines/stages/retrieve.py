@@ -5,7 +5,6 @@ All seed sets share one pass over the pool's partitions. What a seed set drew, c
 """
 
 import difflib
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,10 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from pydantic import Field
 
-from curation import hierarchy, order, retrieval, storage, vectors
+from curation import hierarchy, order, retrieval, vectors
 from curation.clusters import nearest_centroid
 from curation.errors import UserError
 from curation.hierarchy import Hierarchy
@@ -37,8 +35,8 @@ SLAB_ROWS = 65_536
 TASK_ROWS = 262_144
 """Pool images compared at a time, and per task; the result depends on neither."""
 PART_ROWS = 1_000_000
-NEXT_BEST_DEPTH = 8
-"""Policy next_best looks at so many times `neighbours` images per seed."""
+NEXT_BEST_DEPTHS = (8, 32, 128)
+"""Policy next_best looks at so many times `neighbours` images per seed: further, when some find too few."""
 
 Mode = Literal["auto", "sample", "cluster", "none"]
 
@@ -241,11 +239,20 @@ def _check_seeds(sets: Sequence[SeedSet], opened: VectorSet, where: str) -> None
 
 
 def _sampled(context: Context, config: RetrieveConfig, inputs: Inputs) -> dict[str, Retrieved]:
-    sets = [s for s in inputs.sets if s.mode == "sample"]
-    if not sets:
-        return {}
-    depth = NEXT_BEST_DEPTH if config.collisions == "next_best" else 1
-    asked = [(s.paths, depth * s.neighbours) for s in sets]
+    found: dict[str, Retrieved] = {}
+    left = [s for s in inputs.sets if s.mode == "sample"]
+    for depth in NEXT_BEST_DEPTHS if config.collisions == "next_best" else (1,):
+        best = _nearest(context, inputs, left, depth) if left else []
+        found |= {s.name: _drawn(config, s, neighbours) for s, neighbours in zip(left, best, strict=True)}
+        # A seed that found all its neighbours taken looks further, as far as the pool goes.
+        further = depth * min((s.neighbours for s in left), default=0) < inputs.opened.rows
+        left = [s for s in left if further and found[s.name].counts.get("missing")]
+    return found
+
+
+def _nearest(context: Context, inputs: Inputs, sets: Sequence[SeedSet], depth: int) -> list[Neighbours]:
+    """The depth * neighbours nearest pool images of every seed of these sets, in one pass over the pool."""
+    asked = [(s.paths, min(depth * s.neighbours, inputs.opened.rows)) for s in sets]
     best = [Neighbours.none(s.seeds, count) for s, (_, count) in zip(sets, asked, strict=True)]
     bundles = _bundles([part for part in inputs.pool if part.rows])
     context.events.emit("parts", NAME, total=len(bundles), done=0)
@@ -253,7 +260,7 @@ def _sampled(context: Context, config: RetrieveConfig, inputs: Inputs) -> dict[s
     for done, (name, found) in enumerate(context.spread(_search, calls, shared=asked), 1):
         best = [old.merge(new) for old, new in zip(best, found, strict=True)]
         context.events.emit("part", NAME, part=name, rows=0, done=done, total=len(bundles))
-    return {s.name: _drawn(config, s, neighbours) for s, neighbours in zip(sets, best, strict=True)}
+    return best
 
 
 def _drawn(config: RetrieveConfig, seed_set: SeedSet, neighbours: Neighbours) -> Retrieved:
@@ -400,8 +407,7 @@ def _members_of_part(
     path: str, seed: int, wanted: Sequence[ChosenClusters]
 ) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Per seed set (leaf, key, image_id) of what one part of the clusters can give."""
-    table = pq.read_table(io.BytesIO(storage.read_bytes(path)), columns=["image_id", "cluster_1"])
-    ids, leaves = table["image_id"].to_numpy(), table["cluster_1"].to_numpy()
+    ids, leaves = embedded.read_columns(path, ["image_id", "cluster_1"])
     found = []
     for one in wanted:
         mine = one.chosen[leaves]
