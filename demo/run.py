@@ -149,7 +149,8 @@ def write_config(run: Path, web: Path, corpus: Corpus) -> Path:
     return path
 
 
-WITHOUT_SSCD: dict[str, Any] = {"dedup": {"threshold": 0.95, "against_threshold": 0.95}}
+# Measured on this web: above 0.85, MobileNetV2 joins 85 % of resized and recompressed copies and 1 pair of 100,000.
+WITHOUT_SSCD: dict[str, Any] = {"dedup": {"threshold": 0.85, "against_threshold": 0.85}}
 
 
 def curate(run: Path, web: Path, config: Path) -> int:
@@ -200,7 +201,7 @@ def conclude(run: Path, web: Path, planted: dict[str, Any]) -> int:
     text = json.dumps(sections, indent=1, ensure_ascii=False) + "\n"
     if not extra.exists() or extra.read_text() != text:
         extra.write_text(text)
-        command = [str(Path(sys.executable).parent / "curate"), "report", str(run), "--rebuild"]
+        command = [str(Path(sys.executable).parent / "curate"), "report", str(run)]
         if code := subprocess.run(command, check=False, stdout=subprocess.DEVNULL).returncode:
             return code
     stages = evaluation.stage_section(run)
