@@ -15,8 +15,8 @@ from pipelines.stages.embed import EmbedConfig
 HELP = """Embed the pool images that dedup kept, and the seeds; several models decode each image once.
 
 Models: mobilenet_v2 and sscd work without a network; open_clip:ARCH/PRETRAINED and timm:NAME (DINOv2 included) come
-from a hub; sscd:FILE.torchscript.pt and checkpoint:FOLDER are files of yours. An image that cannot be decoded is counted
-with its reason and listed under unreadable/.
+from a hub; sscd:FILE.torchscript.pt and checkpoint:FOLDER are files of yours. An image that cannot be decoded is
+counted with its reason and listed under unreadable/.
 
 With --images and --out and no run: tables of images from elsewhere (image_id, shard, offset, length).
 

@@ -67,15 +67,17 @@ class ImageHeader:
 
 def probe(data: bytes, limits: DecodeLimits = DecodeLimits()) -> ImageHeader:
     """Read the header only. Raises DecodeError."""
-    image, kind = _open(data, limits)
-    width, height = image.size
-    if _orientation(image) in (5, 6, 7, 8):
-        width, height = height, width
-    try:
-        frames = int(getattr(image, "n_frames", 1))
-    except Exception:  # codecs raise anything at all on a broken chain of frames
-        frames = 1
-    return ImageHeader(kind, width, height, frames)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        image, kind = _open(data, limits)
+        width, height = image.size
+        if _orientation(image) in (5, 6, 7, 8):
+            width, height = height, width
+        try:
+            frames = int(getattr(image, "n_frames", 1))
+        except Exception:  # codecs raise anything at all on a broken chain of frames
+            frames = 1
+        return ImageHeader(kind, width, height, frames)
 
 
 def decode(data: bytes, limits: DecodeLimits = DecodeLimits()) -> np.ndarray:
@@ -83,10 +85,12 @@ def decode(data: bytes, limits: DecodeLimits = DecodeLimits()) -> np.ndarray:
 
     Runs the codec in this process: bytes from outside go through a `Decoder` instead.
     """
-    image, _ = _open(data, limits)
     try:
-        image.load()
-        pixels = _rgb(_upright(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image, _ = _open(data, limits)
+            image.load()
+            pixels = _rgb(_upright(image))
     except DecodeError:
         raise
     except MemoryError as error:
@@ -123,9 +127,11 @@ def sniff(data: bytes) -> str | None:
 
 
 _OTHER_IMAGES = (
-    b"%!PS", b"\xc5\xd0\xd3\xc6", b"%PDF", b"8BPS", b"\0\0\x01\0", b"\0\0\x02\0", b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"\xff\x0a",
-    b"\0\0\0\x0cJXL ", b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"#?RADIANCE", b"qoif", b"DDS ", b"\xd7\xcd\xc6\x9a", b"gimp xcf", b"icns", b"SIMPLE  =",
-)  # fmt: skip
+    *(b"%!PS", b"\xc5\xd0\xd3\xc6", b"%PDF"),  # PostScript, EPS with a preview, PDF
+    *(b"8BPS", b"gimp xcf", b"icns", b"\0\0\x01\0", b"\0\0\x02\0"),  # Photoshop, GIMP, icons, cursors
+    *(b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"\xff\x0a", b"\0\0\0\x0cJXL "),  # JPEG 2000, JPEG XL
+    *(b"P1", b"P2", b"P3", b"P4", b"P5", b"P6", b"qoif", b"DDS ", b"#?RADIANCE", b"\xd7\xcd\xc6\x9a", b"SIMPLE  ="),
+)
 
 
 def _unknown(data: bytes) -> DecodeError:
@@ -147,9 +153,7 @@ def _open(data: bytes, limits: DecodeLimits) -> tuple[Any, str]:
     if kind == "AVIF" and not _has_avif():
         raise DecodeError("unsupported_format", "this Pillow has no AVIF")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = Image.open(io.BytesIO(data), formats=[kind])
+        image = Image.open(io.BytesIO(data), formats=[kind])
     except Image.DecompressionBombError as error:
         raise DecodeError("too_many_pixels") from error
     except MemoryError as error:

@@ -24,6 +24,7 @@ from embeddings.decoding import DecodeError, DecodeLimits, decode
 _REQUEST = struct.Struct("<Q")
 _ANSWER = struct.Struct("<BII")  # 0: pixels of (h, w); 1: a refusal, (bytes of its text, 0)
 _PIPE_BYTES = 1 << 20
+PROGRAM = "from embeddings.decoding_process import serve; serve()"
 
 
 class ChildDiedError(Exception):
@@ -52,7 +53,7 @@ class Child:
         arguments = [str(value) for value in (to_child, from_child, *options)]
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", "from embeddings.decoding_process import serve; serve()", *arguments],
+                [sys.executable, "-c", PROGRAM, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,

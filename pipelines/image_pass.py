@@ -6,6 +6,7 @@ most a few decoded parts wait. Batches never cross a part and models compute on 
 are the same with any number of workers.
 """
 
+import itertools
 import json
 import logging
 import pickle
@@ -25,7 +26,10 @@ from pipelines.run_directory import Generation, PartRecord
 Decoded = Mapping[str, Any]
 """What a decode worker hands to an actor: numpy arrays, bytes, anything picklable."""
 
+PARTS_AT_ONCE = 4096
+"""Parts of one Ray data set: millions of blocks in one would burden the driver."""
 RETRIES = 3
+REFUSED = "refused"
 DECODE_CPUS, ACTOR_CPUS = 0.5, 0.4
 """Of a decode task, and of an actor without a GPU: as many of each as there are cores, so that whoever has work uses
 them. They differ because Ray Data would otherwise fuse the two steps into one that never overlaps."""
@@ -93,7 +97,7 @@ def _persistently(tasks: Sequence[tuple[str, Any]], *arguments: Any) -> Iterator
     deaths = 0
     while left:
         try:
-            for name, made in _run(list(left.items()), *arguments):
+            for name, made in _run(list(itertools.islice(left.items(), PARTS_AT_ONCE)), *arguments):
                 del left[name]
                 deaths = 0
                 yield name, made
@@ -162,8 +166,11 @@ def _run(
     )
     try:
         for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for name, text in zip(batch["name"].to_pylist(), batch["records"].to_pylist(), strict=True):
-                yield name, [PartRecord(**entry) for entry in json.loads(text)]
+            for name, text in zip(batch["name"].to_pylist(), batch["answer"].to_pylist(), strict=True):
+                answer = json.loads(text)
+                if REFUSED in answer:
+                    raise UserError(*answer[REFUSED])
+                yield name, [PartRecord(**entry) for entry in answer["records"]]
     except ray.exceptions.RayError as error:
         raise _translated(error) from error
 
@@ -171,7 +178,10 @@ def _run(
 def _decode_part(batch: pa.Table, decode: Callable[[Any, Any], Decoded], shared: Any) -> pa.Table:
     """One part: its task to its arrays, packed so that the actor reads them in place."""
     (name,), (task,) = batch["name"].to_pylist(), batch["task"].to_pylist()
-    return pack(name, decode(pickle.loads(task), _fetched(shared)))
+    try:
+        return pack(name, decode(pickle.loads(task), _fetched(shared)))
+    except UserError as error:
+        return pack(name, {REFUSED: (str(error), error.exit_code)})
 
 
 _shared_values: dict[Any, Any] = {}
@@ -188,16 +198,31 @@ def _fetched(reference: Any) -> Any:
 
 
 class _Actor:
-    """Holds the model; one call is one part."""
+    """Holds the model; one call is one part. A UserError travels as an answer: Ray Data would bury its sentence."""
 
     def __init__(self, model: type, arguments: Mapping[str, Any]) -> None:
-        self._model = model(**arguments)
+        self._refusal: UserError | None = None
+        try:
+            self._model = model(**arguments)
+        except UserError as error:
+            self._refusal = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         name, decoded = unpack(batch)
+        try:
+            answer = self._answer(name, decoded)
+        except UserError as error:
+            answer = {REFUSED: (str(error), error.exit_code)}
+        return pa.table({"name": [name], "answer": [json.dumps(answer)]})
+
+    def _answer(self, name: str, decoded: dict[str, Any]) -> dict[str, Any]:
+        if REFUSED in decoded:
+            return {REFUSED: decoded[REFUSED]}
+        if self._refusal is not None:
+            raise self._refusal
         made = self._model(name, decoded)
         made = [made] if isinstance(made, PartRecord) else list(made)
-        return pa.table({"name": [name], "records": [json.dumps([asdict(record) for record in made])]})
+        return {"records": [asdict(record) for record in made]}
 
 
 def pack(name: str, decoded: Decoded) -> pa.Table:
@@ -231,7 +256,6 @@ def _configure(settings: Any) -> None:
     settings.print_on_execution_start = False
     settings.max_consecutive_actor_init_deaths = RETRIES
     settings.execution_no_progress_timeout_s = -1
-    settings.raise_original_map_exception = True
     log = logging.getLogger("ray.data")
     for handler in list(log.handlers):
         if type(handler).__name__ == "PlainRayHandler":  # the terminal is the command line's; the file keeps all
@@ -246,7 +270,7 @@ def _without_deprecations[T](make: Callable[[], T]) -> T:
 
 
 def _translated(error: BaseException) -> BaseException:
-    """The UserError inside an error of Ray Data, _WorkerDiedError for a death; else the error."""
+    """_WorkerDiedError for a death; else the error, which is ours to mend."""
     import ray
 
     actor_deaths = (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError)
@@ -263,9 +287,6 @@ def _translated(error: BaseException) -> BaseException:
             chain.append(one)
             cause = getattr(one, "cause", None)
             queue += [one.__cause__, one.__context__, cause if isinstance(cause, BaseException) else None]
-    for one in chain:
-        if isinstance(one, UserError) and not isinstance(one, ray.exceptions.RayTaskError):
-            return one
     for one in chain:
         if isinstance(one, (*actor_deaths, *other_deaths)):
             return _WorkerDiedError(type(one).__name__, isinstance(one, actor_deaths))

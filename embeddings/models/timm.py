@@ -108,7 +108,10 @@ def _settings(name: str) -> dict[str, Any]:
         raise UserError(
             f"model {name}: timm has no architecture `{architecture}`; `timm.list_models('*dinov2*')` lists names"
         )
-    found = get_pretrained_cfg(architecture)
+    try:
+        found = get_pretrained_cfg(architecture)
+    except RuntimeError:  # a tag it does not know
+        found = None
     if found is None or not found.has_weights:
         raise UserError(
             f"model {name}: timm has no pretrained weights of that name; `timm.list_pretrained()` lists those there are"
