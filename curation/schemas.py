@@ -97,9 +97,9 @@ DUPLICATES = pa.schema(
 
 EDGES = pa.schema(
     [
-        column("low_space", pa.uint8(), "0: the pool, 1: reference images", nullable=False),
+        column("low_space", pa.uint8(), "0: pool and seeds, n: the n-th reference set", nullable=False),
         column("low", pa.uint64(), "the smaller node of the pair, in (space, id) order", nullable=False),
-        column("high_space", pa.uint8(), "0: the pool, 1: reference images", nullable=False),
+        column("high_space", pa.uint8(), "0: pool and seeds, n: the n-th reference set", nullable=False),
         column("high", pa.uint64(), "the larger node of the pair", nullable=False),
         column("similarity", pa.float32(), "float64 dot product of the stored vectors, rounded", nullable=False),
     ]

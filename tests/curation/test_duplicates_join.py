@@ -23,7 +23,7 @@ def unit(x: np.ndarray) -> np.ndarray:
     return x / np.linalg.norm(x, axis=1, keepdims=True)
 
 
-def planted(n: int = 3000, d: int = 64, seed: int = 0) -> np.ndarray:
+def planted(n: int = 2000, d: int = 64, seed: int = 0) -> np.ndarray:
     """(n, d) float16: a quarter copies at cosines .5 to .99, 150 identical vectors, a chain."""
     random = np.random.default_rng(seed)
     x = unit(random.standard_normal((n, d)))
@@ -85,16 +85,16 @@ def test_cells_that_visit_everything_find_everything(tmp_path: Path) -> None:
 
 
 def test_cells_find_planted_components_at_the_recall_asked_for(tmp_path: Path) -> None:
-    x = planted(8000)
+    x = planted(5000)
     options = JoinOptions(0.6, recall=0.95, exact_multiply_adds=0)
     result = self_join(
-        members_of(tmp_path / "e", x), IDS[:8000], options, Scratch(str(tmp_path / "s")), thresholds=[0.6, 0.8]
+        members_of(tmp_path / "e", x), IDS[:5000], options, Scratch(str(tmp_path / "s")), thresholds=[0.6, 0.8]
     )
     truth = oracle(x, 0.6)
     report = result.report
     assert report["method"] == "cells" and report["visits"] < report["cells"]
     assert report["recall_low"] <= report["recall"] <= report["recall_high"] and report["recall"] > 0.9
-    labels = comp.components(result.forest, 8000, 0.6)
+    labels = comp.components(result.forest, 5000, 0.6)
     together = labels[truth["low"]] == labels[truth["high"]]
     assert together.mean() > 0.93
     values = {(e["low"], e["high"]): e["similarity"] for e in truth}
@@ -169,8 +169,8 @@ def test_later_generation_joins_new_rows_with_old_and_new_and_merges_to_the_whol
 
 
 def test_forest_does_not_depend_on_how_the_work_is_cut(tmp_path: Path) -> None:
-    x = planted(4000, 32)
-    ids = IDS[:4000]
+    x = planted(3000, 32)
+    ids = IDS[:3000]
     base = JoinOptions(0.6, recall=0.9, exact_multiply_adds=0)
     whole = self_join(members_of(tmp_path / "e", x), ids, base, Scratch(str(tmp_path / "a")))
     assert whole.report["method"] == "cells"
@@ -179,12 +179,12 @@ def test_forest_does_not_depend_on_how_the_work_is_cut(tmp_path: Path) -> None:
 
     before = module.TASK_PAIRS, module.EDGES_HELD
     try:
-        module.TASK_PAIRS, module.EDGES_HELD = 900, 50
+        module.TASK_PAIRS, module.EDGES_HELD = 20_000, 50
         again = self_join(members_of(tmp_path / "e2", x, parts=5), ids, base, small)
     finally:
         module.TASK_PAIRS, module.EDGES_HELD = before
     assert again.forest.tobytes() == whole.forest.tobytes()
-    assert len(small.groups("forest")) > 20
+    assert len(small.groups("forest")) > 5
 
 
 def test_interrupted_join_does_only_what_is_missing(tmp_path: Path) -> None:

@@ -514,3 +514,16 @@ def test_missing_copy_embeddings_are_said(tmp_path: Path) -> None:
         images.dedup()
     with pytest.raises(UserError, match="--against goes with --embeddings"):
         images.dedup(against=["x"])
+
+
+def test_run_without_pool_images_still_decontaminates_seeds(tmp_path: Path) -> None:
+    images = Images(RunDirectory(str(tmp_path)))
+    x = np.eye(3, DIMENSION)
+    for name in ("seed:birds", "reference:test"):
+        images.source(name, 2)
+    seeds = [{"image_id": image_id(0, k), "source": "seed:birds", "vector": x[k]} for k in range(2)]
+    tests = [{"image_id": image_id(1, 0), "source": "reference:test", "vector": x[0]}]
+    images.generation({"part-000-000000": seeds, "part-001-000000": tests})
+    outcome = images.dedup(representative="medoid")
+    assert [row["reason"] for row in images.rows().values()] == ["reference", "kept"]
+    assert outcome.summary["images"] == 0 and outcome.summary["seeds_discarded"] == 1
