@@ -71,7 +71,7 @@ def probe(data: bytes, limits: DecodeLimits = DecodeLimits()) -> ImageHeader:
         warnings.simplefilter("ignore")
         image, kind = _open(data, limits)
         width, height = image.size
-        if _orientation(image) in (5, 6, 7, 8):
+        if kind != "TIFF" and _orientation(image) in (5, 6, 7, 8):  # Pillow has turned a TIFF's size already
             width, height = height, width
         try:
             frames = int(getattr(image, "n_frames", 1))

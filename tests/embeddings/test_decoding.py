@@ -61,10 +61,11 @@ def test_header_says_what_decoding_gives() -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_orientation_of_exif_is_applied(orientation: int) -> None:
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_orientation_of_exif_is_applied(kind: str, orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
-    data = encoded(PICTURE, "PNG", exif=exif)
+    data = encoded(PICTURE, kind, exif=exif)
     turned = {
         1: PIXELS,
         2: PIXELS[:, ::-1],
