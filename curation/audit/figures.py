@@ -150,7 +150,7 @@ def funnel(steps: Sequence[Mapping[str, Any]], reasons: int = 4) -> Markup:
         share = lost / step["images"] if step["images"] else 0
         body.append(_text(xs[i] + 8, y, f"− {number(lost)} ({share:.1%})", "lost"))
         shown = following["lost"][:reasons]
-        characters = int(spacing / 5.9)
+        characters = int((spacing - 14) / 6.2)
         for entry in shown:
             y += 16
             body.append(

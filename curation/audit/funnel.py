@@ -9,6 +9,13 @@ ROLES = ("pool", "seed", "reference")
 
 EXPLAINED = {
     "duplicate_url": "URL listed before",
+    "duplicate_bytes": "same bytes",
+    "duplicate_pixels": "same pixels",
+    "duplicate_pca_hash": "PCA-hash copy",
+    "too_small": "too small",
+    "aspect_ratio": "aspect ratio",
+    "solid_colour": "solid colour",
+    "nsfw": "not safe for work",
     "self": "near copy of another",
     "reference": "evaluation match",
     "exact": "exact copy",
@@ -62,7 +69,8 @@ def funnel(
             if rows:
                 lost: dict[str, int] = {}
                 for row in rows:
-                    if not row["kept"]:
+                    counted_before = filtered is not None and row["reason"] in ("exact", "hash")
+                    if not row["kept"] and not counted_before:
                         reason = EXPLAINED.get(row["reason"], str(row["reason"]))
                         lost[reason] = lost.get(reason, 0) + int(row["images"])
                 steps.append(_step("distinct and clean", "dedup", _total([r for r in rows if r["kept"]]), lost))
@@ -111,8 +119,11 @@ def _losses(rows: Rows) -> dict[str, int]:
     for row in rows:
         if row["status"] == "ok":
             continue
-        label = EXPLAINED.get(row["status"], str(row["status"]))
-        reason = row["reason"] or ""
-        name = f"{label}: {reason}" if reason and reason != row["status"] else label
+        status, reason = str(row["status"]), row["reason"] or ""
+        named = EXPLAINED.get(reason, reason)
+        if not reason or reason == status:
+            name = EXPLAINED.get(status, status)
+        else:
+            name = named if status in ("dropped", "duplicate_url") else f"{status}: {named}"
         lost[name] = lost.get(name, 0) + int(row["images"])
     return lost

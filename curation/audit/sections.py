@@ -153,11 +153,13 @@ def _histograms(paths: Sequence[str], limits: Mapping[str, float | None]) -> lis
     return found
 
 
-def duplicates(run: RunTables, described: Sequence[Mapping[str, Any]] = ()) -> Section | None:
+def duplicates(
+    run: RunTables, described: Sequence[Mapping[str, Any]] = (), sweep: Sequence[Mapping[str, Any]] = ()
+) -> Section | None:
     """Components of near-duplicates: sizes, the largest and random ones side by side, the weakest link of each.
 
     described: what the dedup stage says of the largest components (`components.json`): their least similar pair and the
-    chain that joins it.
+    chain that joins it. sweep: its counts at other thresholds (`thresholds.json`).
     """
     if not run.duplicates:
         return None
@@ -195,6 +197,7 @@ def duplicates(run: RunTables, described: Sequence[Mapping[str, Any]] = ()) -> S
         "components": sum(count for _, count in pairs),
         "in_components": sum(size * count for size, count in pairs),
         "largest": max((size for size, _ in pairs), default=0),
+        "sweep": list(sweep)[: SAMPLING.table_rows],
         "shown": shown,
         "figure": figures.sizes(
             pairs, "Components of near-duplicates by size (heights grow with the logarithm)", "components"
@@ -218,8 +221,18 @@ def _chain(described: Mapping[str, Any]) -> dict[str, Any] | None:
     }
 
 
-def decontamination(run: RunTables, thresholds: Sequence[float], chosen_threshold: float | None) -> Section | None:
-    """Per reference set: hits, best and random matches, counts at other thresholds; and the largest component."""
+def decontamination(
+    run: RunTables,
+    thresholds: Sequence[float],
+    chosen_threshold: float | None,
+    described: Sequence[Mapping[str, Any]] = (),
+    sweep: Sequence[Mapping[str, Any]] = (),
+) -> Section | None:
+    """Per reference set: hits, best and random matches, counts at other thresholds; and the largest component.
+
+    described: what the dedup stage says of each set (`references.json`). sweep: both rules at other thresholds
+    (`thresholds.json`).
+    """
     if not run.duplicates:
         return None
     summary = tables.reference_summary(run.duplicates, thresholds).to_pylist()
@@ -227,7 +240,7 @@ def decontamination(run: RunTables, thresholds: Sequence[float], chosen_threshol
     direct = lost & (pc.list_value_length(pc.field("references")) > 0)
     total = sum(r["images"] for r in tables.count_by_reason(run.duplicates, lost))
     hit = sum(r["images"] for r in tables.count_by_reason(run.duplicates, direct))
-    if not summary and not total:
+    if not summary and not total and not described:
         return None
     samples = tables.reference_samples(run.duplicates, SAMPLING.best_matches, SAMPLING.random_matches, 0).to_pylist()
     sets = []
@@ -244,7 +257,16 @@ def decontamination(run: RunTables, thresholds: Sequence[float], chosen_threshol
         largest = {"images": chosen["images"][0].as_py(), "group": chosen["group"][0].as_py(), "members": rows}
     images = [i for s in sets for row in s["samples"] for i in (row["image_id"], row["reference_id"])]
     images += [m["image_id"] for m in (largest or {}).get("members", [])]
-    return {"sets": sets, "dropped": total, "direct": hit, "chains": total - hit, "largest": largest, "images": images}
+    return {
+        "sets": sets,
+        "dropped": total,
+        "direct": hit,
+        "chains": total - hit,
+        "largest": largest,
+        "described": list(described)[: SAMPLING.table_rows],
+        "sweep": list(sweep)[: SAMPLING.table_rows],
+        "images": images,
+    }
 
 
 def clusters(run: RunTables) -> Section | None:

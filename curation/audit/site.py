@@ -218,6 +218,7 @@ def _environment() -> jinja2.Environment:
     )
     environment.filters["number"] = number
     environment.filters["text"] = visible
+    environment.filters["counted"] = lambda value, noun: f"{number(value)} {noun}{'' if value == 1 else 's'}"
     environment.filters["cosine"] = lambda value: "" if value is None else f"{value:.3f}"
     environment.filters["dropped"] = lambda reason: DROPPED.get(reason, visible(reason))
     environment.filters["explained"] = lambda reason: (

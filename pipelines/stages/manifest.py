@@ -177,7 +177,12 @@ def data_card(run: RunDirectory, generation: Generation, description: dict[str, 
         "exempt_seed_sets": sorted(s["name"].split(":", 1)[1] for s in description["sources"] if s["exempt"]),
         "counts": counts,
         "seed_sets": seed_sets,
-        "decontamination": {"recall": dedup.get("recall"), "reference_sets": reference_sets},
+        "decontamination": {
+            "recall": dedup.get("recall"),
+            "reference_sets": reference_sets,
+            "by_rule": dedup.get("references"),
+            "thresholds": dedup.get("thresholds"),
+        },
         "planned": {
             "sources": [
                 {"source": s["name"], "planned": expected[s["name"]], "actual": s["rows"]}

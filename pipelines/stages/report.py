@@ -133,12 +133,15 @@ def build(
     counts = card["counts"] if card else run_counts(run, None)
     options = _options(run)
     dedup_files = side_files(run, "dedup")
+    sweep = dedup_files.get("thresholds", {})
     self_threshold, reference_threshold = _threshold(options, "threshold"), _threshold(options, "against_threshold")
     shown: dict[str, sections.Section | None] = {
         "failures": sections.failures(paths),
         "filters": sections.filters(paths, _limits(options)),
-        "duplicates": sections.duplicates(paths, described_components(dedup_files)),
-        "decontamination": sections.decontamination(paths, THRESHOLDS, reference_threshold),
+        "duplicates": sections.duplicates(paths, described_components(dedup_files), sweep.get("self", [])),
+        "decontamination": sections.decontamination(
+            paths, THRESHOLDS, reference_threshold, dedup_files.get("references", []), sweep.get("relative", [])
+        ),
         "clusters": sections.clusters(paths),
         "seed_sets": sections.seed_sets(paths, _seed_rows(run, card, counts)),
         "balance": sections.balance(paths),
@@ -366,9 +369,11 @@ def _recall(document: Any) -> str:
     if not isinstance(document, dict):
         return ""
     inner: dict[str, Any] = document["self"] if isinstance(document.get("self"), dict) else document
+    if inner.get("method") == "exact":
+        return "The search was exact: no pair was missed."
     value = inner.get("recall")
     if not isinstance(value, (int, float)):
         return ""
-    low, high = inner.get("recall_low"), inner.get("recall_high")
+    low, high = (inner.get(f"recall_{end}", inner.get(end)) for end in ("low", "high"))
     interval = f" (95 % interval {low:.4f} to {high:.4f})" if isinstance(low, float) and isinstance(high, float) else ""
     return f"Measured recall of the join: {value:.4f}{interval}."

@@ -212,7 +212,7 @@ def test_funnel_explains_every_loss() -> None:
     assert [s["images"] for s in steps] == [100, 80, 70, 60, 59, 9]
     lost = [{e["reason"]: e["images"] for e in s["lost"]} for s in steps]
     assert lost[1] == {"failed: http_404": 15, "not tried": 5}
-    assert lost[2] == {"dropped: nsfw": 6, "failed: truncated": 4}
+    assert lost[2] == {"not safe for work": 6, "failed: truncated": 4}
     assert lost[5] == {"not chosen": 50}
 
 

@@ -89,7 +89,7 @@ def test_funnel_of_the_card_adds_up(whole: tuple[SyntheticRun, list[dict], dict]
         assert before["images"] - sum(entry["images"] for entry in step["lost"]) == step["images"]
     assert steps[-1]["images"] == sum(row["image_id"] >> 40 == 0 for row in rows)
     lost = {entry["reason"]: entry["images"] for step in steps for entry in step["lost"]}
-    assert lost["failed: http_404"] == 4 and lost["dropped: solid_colour"] == 4
+    assert lost["failed: http_404"] == 4 and lost["solid colour"] == 4
     assert lost["near copy of another"] == 4 and lost["evaluation match"] == 8
 
 

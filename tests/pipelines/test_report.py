@@ -174,7 +174,7 @@ def test_the_folder_stays_below_its_bound(tmp_path: Path, ray_session: None) -> 
 
     def noise(source: int, row: int) -> bytes:
         sink = io.BytesIO()
-        pixels = np.random.default_rng([source, row]).integers(0, 255, (96, 96, 3), dtype=np.uint8)
+        pixels = np.random.default_rng([source, row]).integers(0, 255, (136, 136, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(sink, "JPEG", quality=90)
         return sink.getvalue()
 
