@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from curation.vectors import VectorSet
 from pipelines.context import Context
 from pipelines.run_directory import Generation, Source
 
+SCRATCH = "scratch"
 PART = re.compile(r"^part-(\d+)-\d+")
 
 
@@ -161,6 +163,33 @@ def ids_digest(context: Context, paths: Iterable[str]) -> tuple[int, int]:
 def _digest_ids(path: str, _: None) -> tuple[int, int]:
     (ids,) = read_columns(path, ["image_id"])
     return len(ids), int(np.sum(hash_keys(ids, 0, "digest"), dtype=np.uint64))
+
+
+@contextmanager
+def bad_input_taken_back(context: Context, generation: Generation) -> Iterator[None]:
+    """A first generation that bad input stops (UserError, exit code 2) is removed.
+
+    The mended input would otherwise be refused as a change of what was begun.
+    """
+    try:
+        yield
+    except UserError as error:
+        if error.exit_code == 2 and generation.number == 0 and not generation.complete:
+            names = [path.rsplit("/", 1)[-1] for path in storage.list_files(generation.directory, ".parquet")]
+            found = (generation.writer.find(name.removesuffix(".parquet")) for name in names)
+            generation.parts = [record for record in found if record is not None]
+            directory = context.stage(generation.fingerprint.stage)
+            directory.save(generation)
+            directory.clear()
+            remove_scratch(generation)
+        raise
+
+
+def remove_scratch(generation: Generation) -> None:
+    """Remove the folder of intermediate files."""
+    fs, inner = storage.filesystem(generation.file(SCRATCH))
+    if fs.exists(inner):
+        fs.rm(inner, recursive=True)
 
 
 def read_columns(path: str, columns: list[str]) -> list[np.ndarray]:

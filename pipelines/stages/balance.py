@@ -13,6 +13,7 @@ from curation.hierarchy import Hierarchy
 from curation.schemas import BALANCE
 from pipelines import embedded
 from pipelines.context import Context, Outcome, StageConfig
+from pipelines.run_directory import Generation
 
 NAME = "balance"
 REVISION = 1
@@ -47,6 +48,13 @@ def execute(context: Context, config: BalanceConfig, *, clusters: str | None = N
     generation = context.begin_snapshot(NAME, REVISION, config.fingerprint_options(), inputs, LIBRARIES, extra)
     if generation is None:
         return context.skipped(NAME)
+    with embedded.bad_input_taken_back(context, generation):
+        return _balance(context, config, generation, built, paths)
+
+
+def _balance(
+    context: Context, config: BalanceConfig, generation: Generation, built: Hierarchy, paths: Sequence[str]
+) -> Outcome:
     sizes = built.sizes(embedded.leaf_sizes(context, paths, built.levels[0]))
     images = int(sizes[0].sum())
     if config.target > images:

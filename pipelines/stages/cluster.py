@@ -20,7 +20,7 @@ from curation.hierarchy import Hierarchy
 from curation.vectors import MODEL_KEY, VectorSet
 from pipelines import embedded
 from pipelines.context import Context, Outcome, StageConfig
-from pipelines.embedded import EmbeddingPart
+from pipelines.embedded import SCRATCH, EmbeddingPart
 from pipelines.run_directory import Generation, PartRecord, PartWriter
 
 NAME = "cluster"
@@ -28,7 +28,6 @@ REVISION = 1
 LIBRARIES = ("faiss-cpu", "numpy")
 BLOCK_ROWS = 65_536
 """Training vectors per block, about: a block is one task of a Lloyd step."""
-SCRATCH = "scratch"
 
 
 class ClusterConfig(StageConfig):
@@ -94,7 +93,8 @@ def execute(context: Context, config: ClusterConfig, *, embeddings: str | None =
         numbers = generation.consumed[inputs[0]]
         mine = [g for g in context.run.stage(inputs[0]).generations() if g.number in numbers]
         parts = embedded.pool_parts(context, mine)
-    return _cluster(context, config, generation, parts)
+    with embedded.bad_input_taken_back(context, generation):
+        return _cluster(context, config, generation, parts)
 
 
 def _refuse_too_few(rows: int, config: ClusterConfig, where: str) -> None:
@@ -132,7 +132,7 @@ def _cluster(context: Context, config: ClusterConfig, generation: Generation, pa
         "empty_clusters": int((sizes[0] == 0).sum()),
         "effective_clusters": [round(hierarchy.effective_number(level), 3) for level in sizes],
     }
-    _remove_scratch(generation)
+    embedded.remove_scratch(generation)
     return context.finish(generation, summary)
 
 
@@ -239,12 +239,6 @@ def _write_sample(name: str, paths: Sequence[str], dimension: int, seed: int, cu
     np.save(data, np.concatenate(chosen))
     storage.write_whole(name, data.getvalue())
     return sum(len(rows) for rows in chosen)
-
-
-def _remove_scratch(generation: Generation) -> None:
-    fs, inner = storage.filesystem(generation.file(SCRATCH))
-    if fs.exists(inner):
-        fs.rm(inner, recursive=True)
 
 
 @dataclass(frozen=True)

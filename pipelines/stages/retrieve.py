@@ -135,8 +135,9 @@ def execute(
         return context.skipped(NAME)
     if not inputs.sets:
         context.events.emit("warning", NAME, text="the run has no seed sets: nothing is retrieved")
-    found = _sampled(context, config, inputs) | _clustered(context, config, inputs)
-    return _write(context, generation, inputs, found)
+    with embedded.bad_input_taken_back(context, generation):
+        found = _sampled(context, config, inputs) | _clustered(context, config, inputs)
+        return _write(context, generation, inputs, found)
 
 
 # ---- what is read ---------------------------------------------------------------------------------------------------
