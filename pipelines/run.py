@@ -15,7 +15,7 @@ from curation.errors import UserError
 from pipelines import catalog, configuration, lock, preflight, status
 from pipelines.catalog import Stage
 from pipelines.configuration import RunConfig
-from pipelines.context import Context, Outcome
+from pipelines.context import Context, MadeOtherwiseError, Outcome
 from pipelines.events import Events
 from pipelines.run_directory import RunDirectory
 from pipelines.sources import source_name
@@ -47,12 +47,13 @@ def run(
         preflight.check_models(config, todo)
         store_configuration(config, events)
         _name_strangers(context, config)
-        outcomes = []
+        outcomes: list[Outcome] = []
         try:
             for stage in steps:
                 rebuilt = catalog.position(stage.name, "stage") >= again
-                for outcome in _execute(stage, dataclasses.replace(context, rebuild=rebuilt), config):
-                    outcomes.append(outcome)
+                outcomes += _execute(stage, dataclasses.replace(context, rebuild=rebuilt), config)
+        except MadeOtherwiseError as error:
+            raise MadeOtherwiseError(str(error).replace("--rebuild", f"`--rebuild {stage.name}`")) from None
         finally:
             events.flush()
         return outcomes

@@ -12,6 +12,8 @@ from curation.errors import UserError
 from pipelines import catalog, lock
 from pipelines.run_directory import FINGERPRINT_KEY, Generation, RunDirectory
 
+COUNTED = ("error.", "dropped: ", "undecodable")
+"""Beginnings of the names under which stages count their unusable rows by reason."""
 State = Literal["complete", "unfinished", "absent"]
 
 
@@ -116,7 +118,7 @@ def look(run: RunDirectory, folder: str) -> StageStatus:
         state if generations else "absent",
         found,
         _bytes(directory.directory),
-        _failures(generations) if folder in ("download", "import", "filter") else {},
+        _failures(generations) if folder in ("download", "import", "score", "filter") else {},
     )
 
 
@@ -164,15 +166,23 @@ def _bytes(directory: str) -> int:
 
 
 def _failures(generations: list[Generation]) -> dict[str, int]:
-    """Rows that are not usable, by the class of their error."""
+    """Rows that are not usable, by reason: from the counts of the parts, from the table where a part has none."""
     counts: Counter[str] = Counter()
-    for generation in generations:
-        for path in generation.part_paths if generation.complete else []:
-            fs, inner = storage.filesystem(path)
-            with fs.open(inner, "rb") as file:
-                table = pq.read_table(file, columns=["status", "error"])
-            for entry in table.group_by(["status", "error"]).aggregate([([], "count_all")]).to_pylist():
-                if entry["status"] != "ok":
-                    reason = (entry["error"] or entry["status"]).split(":", 1)[0]
-                    counts[f"{entry['status']}: {reason}"] += entry["count_all"]
+    for part, path in ((p, g.writer.path(p.name)) for g in generations if g.complete for p in g.parts):
+        if not part.counts:
+            counts.update(_reasons_in(path))
+        for name, count in part.counts.items():
+            if name.startswith(COUNTED):
+                counts[name.removeprefix("error.")] += int(count)
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
+
+
+def _reasons_in(path: str) -> Counter[str]:
+    fs, inner = storage.filesystem(path)
+    with fs.open(inner, "rb") as file:
+        table = pq.read_table(file, columns=["status", "error"])
+    counts: Counter[str] = Counter()
+    for entry in table.group_by(["status", "error"]).aggregate([([], "count_all")]).to_pylist():
+        if entry["status"] != "ok":
+            counts[f"{entry['status']}: {(entry['error'] or 'unknown').split(':', 1)[0]}"] += entry["count_all"]
+    return counts

@@ -8,11 +8,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner, Result
 
 from cli.main import app
 from curation import storage
+from curation.vectors import MODEL_KEY
 
 
 def curate(*arguments: str | Path) -> Result:
@@ -165,3 +169,70 @@ def test_unknown_stage_hardware_template_and_command(tmp_path: Path, images: Pat
 
 def test_plan_of_what_is_not_there(tmp_path: Path) -> None:
     refused(curate("run", run_yaml(tmp_path, tmp_path / "nowhere"), "--plan"), "no `images:` says how many")
+
+
+def vectors(
+    folder: Path, model: str | None = None, dimension: int = 8, rows: int = 20, name: str = "embedding"
+) -> Path:
+    """A folder of Parquet with `image_id` and an embedding column."""
+    folder.mkdir(parents=True)
+    values = np.random.default_rng(dimension).normal(size=(rows, dimension)).astype(np.float32)
+    values /= np.linalg.norm(values, axis=1, keepdims=True)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), dimension)
+    table = pa.table({"image_id": pa.array(range(rows), pa.uint64()), name: column})
+    if model:
+        table = table.replace_schema_metadata({MODEL_KEY: model.encode()})
+    pq.write_table(table, folder / "part-0.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("command", ["dedup", "cluster", "retrieve"])
+def test_embeddings_that_are_not_there_or_lack_the_column(tmp_path: Path, command: str) -> None:
+    out = ["--out", tmp_path / "out"]
+    more = ["--seeds", vectors(tmp_path / "seeds"), "--mode", "sample"] if command == "retrieve" else []
+    refused(curate(command, "--embeddings", tmp_path / "nowhere", *out, *more), "nowhere")
+    (tmp_path / "empty").mkdir()
+    refused(curate(command, "--embeddings", tmp_path / "empty", *out, *more), "empty")
+    other = vectors(tmp_path / "other", name="vector")
+    refused(curate(command, "--embeddings", other, *out, *more), "embedding")
+    assert not list(tmp_path.glob("out/part-*"))
+
+
+def test_folder_of_another_models_embeddings(tmp_path: Path) -> None:
+    one, two = vectors(tmp_path / "one", "model-a"), vectors(tmp_path / "two", "model-b")
+    common = ["--out", tmp_path / "out"]
+    refused(curate("dedup", "--embeddings", one, "--against", two, *common), "model")
+    refused(curate("retrieve", "--embeddings", one, "--seeds", two, "--mode", "sample", *common), "model")
+    wide = vectors(tmp_path / "wide", dimension=16)
+    refused(curate("retrieve", "--embeddings", one, "--seeds", wide, "--mode", "sample", *common), "16")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["dedup", "--embeddings", "{v}", "--out", "{o}", "--threshold", "1.6"], ("threshold", "1.6")),
+        (["dedup", "--embeddings", "{v}"], ("--out",)),
+        (["cluster", "--embeddings", "{v}", "--out", "{o}", "--levels", "1000"], ("1,000", "20")),
+        (["cluster", "--embeddings", "{v}", "--out", "{o}", "--levels", "3,9"], ("levels",)),
+        (["cluster", "--embeddings", "{v}", "--out", "{o}", "--levels", "many"], ("levels", "many")),
+        (["retrieve", "--embeddings", "{v}", "--out", "{o}"], ("--seeds",)),
+        (["retrieve", "--embeddings", "{v}", "--seeds", "{v}", "--mode", "cluster", "--out", "{o}"], ("--clusters",)),
+        (["download", "{o}/urls.txt", "--out", "{o}"], ("urls.txt",)),
+        (["download", "{e}", "--out", "{o}"], ("empty.txt",)),
+        (["import", "{o}/images", "--as", "pool", "--out", "{o}"], ("images",)),
+        (["import", "{v}", "--as", "seeds", "--out", "{o}"], ("seeds",)),
+        (["import", "{v}", "--as", "seed", "--out", "{o}"], ("needs a name",)),
+        (["filter", "{o}"], ("{o}",)),
+        (["embed", "{o}"], ("{o}",)),
+        (["cluster", "{o}"], ("{o}",)),
+        (["mix", "{o}"], ("{o}",)),
+        (["manifest", "{o}"], ("{o}",)),
+        (["report", "{o}"], ("{o}",)),
+        (["status", "{o}"], ("{o}",)),
+    ],
+    ids=lambda value: " ".join(value[:1] + value[-2:]) if isinstance(value, list) else "",
+)
+def test_command_that_cannot_be_carried_out(tmp_path: Path, arguments: list[str], words: tuple[str, ...]) -> None:
+    places = {"v": vectors(tmp_path / "vectors"), "o": tmp_path / "out", "e": written(tmp_path / "empty.txt", "")}
+    filled = [argument.format(**places) for argument in arguments]
+    refused(curate(*filled), *(word.format(**places) for word in words))
