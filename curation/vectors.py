@@ -129,9 +129,7 @@ def refuse_repeated_ids(ids: np.ndarray, where: str) -> None:
         )
 
 
-def read_vectors(
-    path: str, dimension: int, row_groups: Sequence[int] | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def read_vectors(path: str, dimension: int, row_groups: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
     """(ids, vectors) of one file, or of some of its row groups: see VectorSet.read."""
     try:
         columns = ["image_id", "embedding"]
