@@ -3,8 +3,9 @@
     python -m benchmarks.pca_hash --cache .cache/corpus --out benchmarks/results/pca_hash.json
 
 Real images of the demo's corpus, in hash order; copies of them resized, recompressed, both, cropped. Pairs of the
-corpus's own images below a distance are judged by SSCD: a pair of similarity 0.6 or less is certainly no copy, one above
-mostly is (the packages repeat themselves). Most of the corpus is not photographs: drawings and screenshots collide most.
+corpus's own images below a distance are judged by SSCD: a pair of similarity 0.6 or less is certainly no copy, one
+above mostly is (the packages repeat themselves). Most of the corpus is not photographs: drawings and screenshots
+collide most.
 """
 
 import argparse

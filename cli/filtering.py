@@ -15,8 +15,8 @@ from pipelines.stages.filter import FilterConfig
 HELP = """Score every image in one pass over the pixels, then drop what should not stay.
 
 Scores: SHA-256 of the pixels, PCA hash, contrast, NSFW probability, faces (blurred in copies of the stage's own), and
-the copy embedding that `curate dedup` reads. Drops: duplicates, too small, too long, solid colour, NSFW. A dropped image
-keeps its row, with the reason; another threshold (with --rebuild) repeats the decision, not the pass.
+the copy embedding that `curate dedup` reads. Drops: duplicates, too small, too long, solid colour, NSFW. A dropped
+image keeps its row, with the reason; another threshold (with --rebuild) repeats the decision, not the pass.
 
 Example: curate filter runs/a --min-side 128 --nsfw-threshold 0.7
 """
