@@ -120,6 +120,16 @@ def _seed_sets_named(config: RunConfig) -> Iterator[tuple[str, str]]:
             yield f"mix.shares.{share}", name
 
 
+def check_something_enters(config: RunConfig, has_seeds: bool) -> None:
+    """A seed set as it is, retrieval or balance brings images into the dataset: known before any is fetched."""
+    drawn = has_seeds and (config.retrieve is not None or bool(config.mix.as_is))
+    if not drawn and config.balance is None:
+        raise UserError(
+            "nothing would enter the dataset: list a seed set (`as: seed:NAME`) or add a `balance:` block, "
+            "or stop earlier with --until"
+        )
+
+
 def check_models(config: RunConfig, stages: Collection[str]) -> None:
     """The models that `stages` will load can be had: looked up before a billion images are fetched for them."""
     from embeddings.models import registry

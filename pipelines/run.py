@@ -41,6 +41,9 @@ def run(
         events = events or Events(storage.join(config.run, "events.jsonl"))
         context = Context(run=RunDirectory(config.run), seed=config.seed, resources=config.resources, events=events)
         _refuse_gap(context, config, first)
+        if any(stage.name == "mix" for stage in steps):
+            roles = [s.role.split(":")[0] for s in config.sources] + [s.role for s in context.run.sources()]
+            preflight.check_something_enters(config, "seed" in roles)
         todo = [
             s.name for s in steps if catalog.position(s.name, "stage") >= again or not _complete(context.run, s.name)
         ]

@@ -67,7 +67,7 @@ def run_yaml(tmp_path: Path, images: Path, more: str = "") -> Path:
         ("seed: -1\n", ("seed", "-1")),
         ("resources: {workers: 0}\n", ("resources.workers", "line 4")),
         ("resources: {memory_per_worker: lots}\n", ("resources.memory_per_worker", "lots", "line 4")),
-        ("embed: {models: [resnet-fifty]}\n", ("resnet-fifty", "mobilenet_v2")),
+        ("embed: {models: [resnet-fifty]}\nbalance: {target: 1}\n", ("resnet-fifty", "mobilenet_v2")),
         ("retrieve: {seed_sets: {birds: {}}}\n", ("retrieve.seed_sets.birds", "no source is `as: seed:birds`")),
     ],
 )
@@ -165,6 +165,10 @@ def test_unknown_stage_hardware_template_and_command(tmp_path: Path, images: Pat
     ):
         result = curate(*arguments)
         assert result.exit_code == 2 and "Traceback" not in result.output
+
+
+def test_pool_alone_makes_no_dataset(tmp_path: Path, images: Path) -> None:
+    refused(curate("run", run_yaml(tmp_path, images)), "nothing would enter the dataset", "balance")
 
 
 def test_plan_of_what_is_not_there(tmp_path: Path) -> None:

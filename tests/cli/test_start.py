@@ -43,7 +43,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "a.jpg").write_bytes(b"x")
     path = tmp_path / "run.yaml"
-    path.write_text(f"run: {tmp_path / 'run'}\nsources: [{{as: pool, folder: {tmp_path / 'images'}, images: 5}}]\n")
+    sources = f"sources: [{{as: pool, folder: {tmp_path / 'images'}, images: 5}}]"
+    path.write_text(f"run: {tmp_path / 'run'}\n{sources}\nbalance: {{target: 2}}\n")
     return path
 
 
@@ -69,7 +70,7 @@ def test_run_prints_a_table_of_its_stages_and_json_for_machines(config: Path) ->
 def test_run_goes_on_with_a_run_directory(config: Path, tmp_path: Path) -> None:
     assert curate("run", config, "--until", "filter").exit_code == 0
     document = json.loads(curate("run", tmp_path / "run", "--json").stdout)
-    assert [entry["skipped"] for entry in document["stages"]] == [True, True] + [False] * 7
+    assert [entry["skipped"] for entry in document["stages"]] == [True, True] + [False] * 8
 
 
 def test_resources_on_the_command_line_come_before_those_of_the_yaml(config: Path, tmp_path: Path) -> None:
@@ -81,7 +82,7 @@ def test_resources_on_the_command_line_come_before_those_of_the_yaml(config: Pat
 def test_plan_shows_every_stage_and_does_nothing(config: Path, tmp_path: Path) -> None:
     shown = curate("run", config, "--plan", "-v", "--hardware", "h100x8", "--nodes", "2")
     assert shown.exit_code == 0, shown.output
-    for word in ("import", "report", "2 nodes", "arithmetic:", "decode_rate = 200", "nominal: 0"):
+    for word in ("import", "report", "2 nodes", "arithmetic:", "decode_rate = 200", "nominal: 2"):
         assert word in shown.output
     document = json.loads(curate("run", config, "--plan", "--json", "--cores-per-node", "8").stdout)
     assert document["hardware"]["cores_per_node"] == 8
