@@ -24,6 +24,20 @@ SHARING = 0.005
 LIFT = 3.0
 """Precision of retrieval over the share of the class in the pool."""
 LISTED = 12
+ORDER = (
+    "download",
+    "import",
+    "score",
+    "filter",
+    "dedup-search",
+    "dedup",
+    "embed",
+    "cluster",
+    "retrieve",
+    "balance",
+    "mix",
+)
+"""Of the stages in the summary; those that are not here come after."""
 
 
 @dataclass(frozen=True)
@@ -130,14 +144,19 @@ class Run:
         truth = self.truth[image_id & ((1 << SOURCE_SHIFT) - 1)]
         return PurePosixPath(truth["path"]).name + (f" ({truth['copy']} {truth['kind']})" if truth["copy"] else "")
 
-    def forest(self) -> dict[int, list[tuple[int, float]]]:
-        """Neighbours in the stored maximum spanning forest of the pool."""
-        found: dict[int, list[tuple[int, float]]] = defaultdict(list)
+    def joins(self) -> dict[int, list[tuple[int, str]]]:
+        """Neighbours of an image and what joins them: the stored maximum spanning forest, and the filter's repeats."""
+        found: dict[int, list[tuple[int, str]]] = defaultdict(list)
         for path in _parquet_below(self.directory.path("dedup"), "self_forest"):
             edges = pq.read_table(path, columns=["low", "high", "similarity"])
             for low, high, similarity in zip(*(edges[c].to_pylist() for c in edges.column_names), strict=True):
-                found[low].append((high, similarity))
-                found[high].append((low, similarity))
+                found[low].append((high, f"{similarity:.3f}"))
+                found[high].append((low, f"{similarity:.3f}"))
+        for image in self.images.values():
+            if image.duplicate_of is not None:
+                how = image.error or image.status
+                found[image.id].append((image.duplicate_of, how))
+                found[image.duplicate_of].append((image.id, how))
         return found
 
 
@@ -228,9 +247,9 @@ def _originals(run: Run, marks: Marks, promised: bool) -> None:
     alive = sum(len(group) for group in groups.values())
     shared = [sorted(group) for group in groups.values() if len(group) > 1]
     sharing = sum(len(group) for group in shared)
-    forest = run.forest()
+    joins = run.joins()
     rows = [
-        [run.name(group[0]), run.name(other), _chain(run, forest, group[0], other)]
+        [run.name(group[0]), run.name(other), _chain(run, joins, group[0], other)]
         for group in shared
         for other in group[1:]
     ]
@@ -249,34 +268,24 @@ def _originals(run: Run, marks: Marks, promised: bool) -> None:
         marks.checks.append(Check("at least 1,000 originals", f"{alive:,}", alive >= 1000 or None))
 
 
-def _chain(run: Run, forest: Mapping[int, list[tuple[int, float]]], start: int, end: int) -> str:
-    """`a -0.71- b -0.64- c`: the path in the forest; steps that the filter made are named."""
-    steps = []
-    for image_id in (start, end):
-        path = [image_id]
-        image = run.images[image_id]
-        while image.component is None and image.duplicate_of is not None:
-            image = run.images[image.duplicate_of]
-            path.append(image.id)
-        steps.append(path)
-    first, last = steps[0][-1], steps[1][-1]
-    came: dict[int, tuple[int, float]] = {first: (first, 0.0)}
-    queue = deque([first])
-    while queue and last not in came:
+def _chain(run: Run, joins: Mapping[int, list[tuple[int, str]]], start: int, end: int) -> str:
+    """`a —0.710— b —duplicate_pca_hash— c`: the shortest path over what joins images."""
+    came: dict[int, tuple[int, str]] = {start: (start, "")}
+    queue = deque([start])
+    while queue and end not in came:
         node = queue.popleft()
-        for neighbour, similarity in forest.get(node, []):
+        for neighbour, how in joins.get(node, []):
             if neighbour not in came:
-                came[neighbour] = (node, similarity)
+                came[neighbour] = (node, how)
                 queue.append(neighbour)
-    if last not in came:
-        return "no path in the stored forest"
-    path, node = [], last
-    while node != first:
-        before, similarity = came[node]
-        path.append(f"—{similarity:.3f}— {run.name(node)}")
+    if end not in came:
+        return "nothing stored joins them"
+    path, node = [], end
+    while node != start:
+        before, how = came[node]
+        path.append(f"—{how}— {run.name(node)}")
         node = before
-    text = " ".join([" =filter= ".join(run.name(i) for i in steps[0]), *reversed(path)])
-    return text + "".join(f" =filter= {run.name(i)}" for i in reversed(steps[1][:-1]))
+    return " ".join([run.name(start), *reversed(path)])
 
 
 def _leaks(run: Run, marks: Marks, promised: bool) -> None:
@@ -378,7 +387,7 @@ def stage_section(root: Path) -> Section:
         stage = path.parent.relative_to(root).as_posix()
         document = json.loads(path.read_text())
         generations = [g for g in document["generations"] if g["complete"]]
-        seconds = sum(json.loads(p.read_text())["seconds"] for p in path.parent.glob("_timings-*.json"))
+        seconds = sum(json.loads(p.read_text())["seconds"] for p in path.parent.glob("_timings*.json"))
         total += seconds
         parts = sum(part["rows"] for g in generations for part in g["parts"])
         summary: Counter[str] = Counter()
@@ -390,25 +399,7 @@ def stage_section(root: Path) -> Section:
             f"{name.replace('_', ' ')} {value:,}" for name, value in list(summary.items())[:6] if name != "rows"
         )
         rows.append([stage, parts, counts, round(seconds, 1)])
-    order = {
-        name: k
-        for k, name in enumerate(
-            (
-                "download",
-                "import",
-                "score",
-                "filter",
-                "dedup",
-                "embed",
-                "cluster",
-                "retrieve",
-                "balance",
-                "mix",
-                "manifest",
-                "report",
-            )
-        )
-    }
+    order = {name: position for position, name in enumerate(ORDER)}
     rows.sort(key=lambda row: (order.get(row[0].split("/")[0], 99), row[0]))
     rows.append(["all", "", "", round(total, 1)])
     return Section(

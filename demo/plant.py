@@ -31,7 +31,7 @@ FAULTS = {
     "missing": (14, "failed", "http_404"),
     "gone": (3, "failed", "http_410"),
     "html": (12, "failed", "not_an_image"),
-    "cut": (10, "failed", "truncated|damaged"),
+    "cut": (10, "failed", "decode|damaged"),
     "hangup": (3, "transient", "truncated"),
     "over": (3, "transient", "timeout"),
     "unavailable": (2, "transient", "http_503"),

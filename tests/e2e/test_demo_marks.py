@@ -160,7 +160,7 @@ def test_an_original_that_the_filter_took_for_a_copy_of_another_counts_as_sharin
     marks = hand.marks()
     (section,) = [s for s in marks.sections if s.title.startswith("Originals joined")]
     assert marks.numbers["originals"]["sharing"] == 2
-    assert section.rows == [["0.png", "1.png", "0.png =filter= 1.png"]]
+    assert section.rows == [["0.png", "1.png", "0.png —duplicate_pca_hash— 1.png"]]
 
 
 def test_a_leak_whose_copy_stays_in_the_pool_is_not_removed(tmp_path: Path) -> None:
