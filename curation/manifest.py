@@ -165,12 +165,12 @@ def seed_set_figures(
     retrieved: Sequence[Mapping[str, Any]],
     in_manifest: Sequence[Mapping[str, Any]],
     sources: Sequence[Mapping[str, Any]],
-    planned: Mapping[str, Any],
+    described: Mapping[str, Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """Per seed set: mode, seeds, planned and actual retrievals, and what of them the manifest holds.
 
-    retrieved: rows of `tables.retrieval_counts`. in_manifest: rows of `tables.seed_set_counts`. planned: what the
-    retrieve stage says of each set (`seed_sets.json`), by name.
+    retrieved: rows of `tables.retrieval_counts`. in_manifest: rows of `tables.seed_set_counts`. described:
+    what the retrieve stage says of each set, by name, with the retrievals `planned`.
     """
     seeds = {s["name"].split(":", 1)[1]: s for s in sources if s["role"] == "seed"}
     held = {row["seed_set"]: row for row in in_manifest}
@@ -178,7 +178,7 @@ def seed_set_figures(
     for row in retrieved:
         drawn.setdefault(row["seed_set"], {})[row["mode"]] = int(row["images"])
     figures = []
-    for name in sorted(seeds.keys() | held.keys() | drawn.keys() | planned.keys()):
+    for name in sorted(seeds.keys() | held.keys() | drawn.keys() | described.keys()):
         source = seeds.get(name, {})
         figures.append(
             {
@@ -188,7 +188,8 @@ def seed_set_figures(
                 "licence": source.get("licence"),
                 "retrieved": drawn.get(name, {}),
                 **{key: held.get(name, {}).get(key, 0) for key in SEED_SET_FIGURES},
-                "planned": planned.get(name),
+                "planned": described.get(name, {}).get("planned"),
+                "retrieve": {k: v for k, v in described.get(name, {}).items() if k != "planned"},
             }
         )
     return figures

@@ -186,12 +186,28 @@ def reference_figures(run: RunDirectory) -> list[dict[str, Any]]:
     ]
 
 
-def planned_retrievals(side: dict[str, Any]) -> dict[str, Any]:
-    """Per seed set what the retrieve stage says of it (`seed_sets.json`), without the list of chosen clusters."""
-    document = side.get("seed_sets")
-    if not isinstance(document, dict):
+def described_retrievals(run: RunDirectory) -> dict[str, Any]:
+    """Per seed set what the retrieve stage says of it (`seed_sets.json`, without the list of clusters), and `planned`.
+
+    planned: the retrievals that the configuration asks for if no seed is lost: N per seed image in sample mode, the cap
+    in cluster mode (which fewer clusters than hoped for may not fill).
+    """
+    generations = current_generations(run, "retrieve")
+    document = side_files(run, "retrieve").get("seed_sets")
+    if not generations or not isinstance(document, dict):
         return {}
-    return {name: {k: v for k, v in one.items() if k != "chosen"} for name, one in document.items()}
+    options = generations[-1].fingerprint.options
+    rows = {s.label: s.rows for s in run.sources() if s.role == "seed"}
+    found = {}
+    for name, one in document.items():
+        own = (options.get("seed_sets") or {}).get(name) or {}
+        if one.get("mode") == "sample":
+            neighbours = one.get("neighbours")
+            planned = rows[name] * neighbours if name in rows and neighbours is not None else None
+        else:
+            planned = own.get("cap") or options.get("cap")
+        found[name] = {k: v for k, v in one.items() if k != "chosen"} | {"planned": planned}
+    return found
 
 
 def described_components(side: dict[str, Any]) -> list[dict[str, Any]]:

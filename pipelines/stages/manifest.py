@@ -23,9 +23,9 @@ from pipelines.description import (
     configuration_of,
     current_parts,
     described_models,
+    described_retrievals,
     described_sources,
     described_stages,
-    planned_retrievals,
     reference_figures,
     run_counts,
     side_files,
@@ -145,15 +145,15 @@ def _read(paths: Sequence[str], columns: list[str] | None, where: Any) -> pa.Tab
 
 
 def data_card(run: RunDirectory, generation: Generation, description: dict[str, Any]) -> dict[str, Any]:
-    """Everything about the dataset that is not a row: see docs/data-card.md."""
+    """Everything about the dataset that is not a row: manifest.json."""
     counts = run_counts(run, generation.part_paths)
-    dedup, retrieve = side_files(run, "dedup"), side_files(run, "retrieve")
+    dedup = side_files(run, "dedup")
     reference_sets = reference_figures(run)
     seed_sets = seed_set_figures(
         counts["retrieve"] or [],
         rows_of(tables.seed_set_counts(generation.part_paths)),
         description["sources"],
-        planned_retrievals(retrieve),
+        described_retrievals(run),
     )
     rows = sum(part.rows for part in generation.parts)
     brought = {key for part in generation.parts for key in part.counts if key.startswith("brought_by ")}

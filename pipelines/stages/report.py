@@ -21,8 +21,8 @@ from pipelines.description import (
     current_generations,
     current_parts,
     described_components,
+    described_retrievals,
     described_sources,
-    planned_retrievals,
     run_counts,
     side_files,
     stage_names,
@@ -301,8 +301,7 @@ def _seed_rows(run: RunDirectory, card: Mapping[str, Any] | None, counts: Mappin
 
     if card:
         return list(card["seed_sets"])
-    planned = planned_retrievals(side_files(run, "retrieve"))
-    return seed_set_figures(counts["retrieve"] or [], [], described_sources(run), planned)
+    return seed_set_figures(counts["retrieve"] or [], [], described_sources(run), described_retrievals(run))
 
 
 def _sources(run: RunDirectory, counts: Mapping[str, Any]) -> list[dict[str, Any]]:

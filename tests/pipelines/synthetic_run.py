@@ -267,7 +267,7 @@ def _choose(made: SyntheticRun, parts: Mapping[str, pa.Table], seed_ids: Sequenc
         f"part-{n:06d}": pa.Table.from_pylist(chunk, schema=RETRIEVAL)
         for n, chunk in enumerate([rows[:half], rows[half:]])
     }
-    sets = {n.split(":", 1)[1]: {"mode": "sample", "seeds": 5, "nominal": 20, "chosen": [1]} for n in names[1:3]}
+    sets = {n.split(":", 1)[1]: {"mode": "sample", "seeds": 5, "neighbours": 4, "chosen": [1]} for n in names[1:3]}
     finish(run, "retrieve", tables, ["cluster"], files={"seed_sets.json": json.dumps(sets).encode()})
     balanced = kept[:: max(1, len(kept) // 8)]
     balance = [{"image_id": i, "rank": n, "cluster_id": i % LEAVES} for n, i in enumerate(balanced)]

@@ -74,7 +74,7 @@ def test_card_counts_what_each_seed_set_brought(whole: tuple[SyntheticRun, list[
         assert entry["unique"] == len(set(mine))
         assert entry["colliding"] == sum(mine.count(image) > 1 for image in set(mine))
         assert entry["shared"] == len(set(mine) & others)
-        assert entry["planned"] == {"mode": "sample", "seeds": 5, "nominal": 20}
+        assert entry["planned"] == 5 * 4 and entry["retrieve"] == {"mode": "sample", "seeds": 5, "neighbours": 4}
     assert card["exempt_seed_sets"] == ["animals"]
     assert card["licences"]["seed:flowers"] == "CC0-1.0"
     assert card["models"]["mobilenet_v2"]["name"] == "mobilenet_v2"
