@@ -4,13 +4,12 @@ SHELL := /bin/bash
 BASE_PYTHON ?= $(shell command -v python3.12 || command -v python3)
 VENV := .venv
 PYTHON := $(VENV)/bin/python
-export LVD_CURATE_MODELS ?= $(CURDIR)/.cache/models
 export NO_ALBUMENTATIONS_UPDATE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: setup demo test test-full lint gpu
 
-setup: $(VENV)/.installed $(LVD_CURATE_MODELS)/.fetched
+setup: $(VENV)/.installed $(VENV)/.models
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(BASE_PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 12))' || \
@@ -19,7 +18,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-$(LVD_CURATE_MODELS)/.fetched: $(VENV)/.installed embeddings/weights.py
+$(VENV)/.models: $(VENV)/.installed embeddings/weights.py
 	$(PYTHON) -m embeddings.weights
 	@touch $@
 

@@ -27,7 +27,6 @@ from demo.web import choose_places
 
 REVISION = 1
 """Raise when planting changes: webs of another revision are made again."""
-MODELS = Path(".cache/models")
 TEMPLATE = Path("configs/demo.yaml")
 NEEDS = """[bold]The demo[/] builds a small web of about 3,300 real images on this machine and curates it.
 It needs, once, for set-up: a Debian-like system (apt-get and dpkg-deb; root is not needed), npm, the package
@@ -49,7 +48,6 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--cache", type=Path, default=Path(".cache/corpus"), help="folder of the images' packages")
     parser.add_argument("--set-up", action="store_true", help="stop when the web is there")
     given = parser.parse_args(arguments)
-    os.environ.setdefault("LVD_CURATE_MODELS", str(MODELS.absolute()))  # as the Makefile says it
     try:
         return demo(given.run, given.web, given.cache, only_set_up=given.set_up)
     except DemoError as error:

@@ -62,10 +62,12 @@ TABLE = (
 
 
 def cache_folder() -> Path:
-    """$LVD_CURATE_MODELS, else `lvd-curate/models` in the user's cache folder."""
+    """$LVD_CURATE_MODELS, else inside the virtual environment, else in the user's cache folder."""
     given = os.environ.get(CACHE_VARIABLE)
     if given:
         return Path(given).expanduser().absolute()
+    if sys.prefix != sys.base_prefix:
+        return Path(sys.prefix) / "share" / "lvd-curate" / "models"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvd-curate" / "models"
 
 

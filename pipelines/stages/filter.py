@@ -43,7 +43,7 @@ class FilterConfig(score.ScoreConfig):
         description="longer side over shorter side above which an image is dropped (3: DataComp's basic filter)",
     )
     solid_colour: float | None = Field(
-        2.0,
+        1.0,
         ge=0,
         le=128,
         description="standard deviation of the 32x32 luminance (0-128) below which an image is dropped",
