@@ -78,8 +78,8 @@ class Child:
             raise self._death() from None
         kind, first, second = _ANSWER.unpack(self._receive(_ANSWER.size, deadline))
         if kind == 0:
-            return np.frombuffer(self._receive(first * second * 3, deadline), np.uint8).reshape(first, second, 3)
-        reason, _, detail = bytes(self._receive(first, deadline)).decode().partition("\n")
+            return self._receive(first * second * 3, deadline).reshape(first, second, 3)
+        reason, _, detail = self._receive(first, deadline).tobytes().decode().partition("\n")
         raise DecodeError(reason, detail)
 
     def close(self) -> None:
@@ -97,8 +97,8 @@ class Child:
             except BlockingIOError:
                 self._wait(self._requests, select.POLLOUT, deadline)
 
-    def _receive(self, size: int, deadline: float) -> bytearray:
-        buffer = bytearray(size)
+    def _receive(self, size: int, deadline: float) -> np.ndarray:
+        buffer = np.empty(size, np.uint8)
         view = memoryview(buffer)
         while view:
             try:

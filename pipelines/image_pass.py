@@ -31,8 +31,8 @@ PARTS_AT_ONCE = 4096
 RETRIES = 3
 REFUSED = "refused"
 DECODE_CPUS, ACTOR_CPUS = 0.5, 0.4
-"""Of a decode task, and of an actor without a GPU: as many of each as there are cores, so that whoever has work uses
-them. They differ because Ray Data would otherwise fuse the two steps into one that never overlaps."""
+"""Of a decode task, and of an actor, where there is no GPU: as many of each as there are cores, so that whoever has
+work uses them. They differ because Ray Data would otherwise fuse the two steps into one that never overlaps."""
 IN_FLIGHT_PER_ACTOR = 2
 
 
@@ -147,8 +147,8 @@ def _run(
                 fn_kwargs={"decode": decode, "shared": ray.put(shared)},
                 batch_size=None,
                 batch_format="pyarrow",
-                num_cpus=DECODE_CPUS,
-                concurrency=max(1, min(int(cores / DECODE_CPUS) if num_gpus else cores, len(tasks))),
+                num_cpus=1 if num_gpus else DECODE_CPUS,
+                concurrency=min(cores, len(tasks)),
                 max_retries=RETRIES,
             )
             .map_batches(

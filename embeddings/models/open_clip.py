@@ -7,6 +7,7 @@ import numpy as np
 
 from curation.errors import UserError
 from embeddings.models.floats import run
+from embeddings.models.hub import weights_of
 from embeddings.models.timm import state_digest
 from embeddings.preprocessing import Preparation
 
@@ -51,17 +52,10 @@ class OpenClip:
     def __init__(self, name: str, device: str, *, pretrained: bool = True) -> None:
         import open_clip
 
-        from embeddings.models.registry import offline_sentence
-
         architecture, tag = _split(name)
         _, settings = _settings(name)
-        try:
+        with weights_of(name):
             model = open_clip.create_model(architecture, pretrained=tag if pretrained else None, device="cpu")
-        except Exception as error:  # hub clients raise OSError, RuntimeError, ValueError and exceptions of their own
-            raise UserError(
-                f"model {name}: its weights are not on this machine and cannot be downloaded; {offline_sentence()}",
-                exit_code=1,
-            ) from error
         self._tower = model.visual.eval().to(device)
         self._device = device
         self._mean, self._std = tuple(settings.get("mean") or MEAN), tuple(settings.get("std") or STD)

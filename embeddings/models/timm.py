@@ -8,6 +8,7 @@ import numpy as np
 
 from curation.errors import UserError
 from embeddings.models.floats import run
+from embeddings.models.hub import weights_of
 from embeddings.preprocessing import Preparation
 
 LIBRARIES = ("torch", "timm")
@@ -54,16 +55,9 @@ class Timm:
     def __init__(self, name: str, device: str, *, pretrained: bool = True) -> None:
         import timm
 
-        from embeddings.models.registry import offline_sentence
-
         settings = _settings(name)
-        try:
+        with weights_of(name):
             self._network = timm.create_model(name.split(":", 1)[1], pretrained=pretrained, num_classes=0).eval()
-        except Exception as error:  # hub clients raise OSError, RuntimeError, ValueError and exceptions of their own
-            raise UserError(
-                f"model {name}: its weights are not on this machine and cannot be downloaded; {offline_sentence()}",
-                exit_code=1,
-            ) from error
         self._network.to(device)
         self._device = device
         self._mean, self._std = tuple(settings["mean"]), tuple(settings["std"])
