@@ -54,7 +54,8 @@ def measure(cache: Path, count: int, side: int) -> dict[str, Any]:
         timed("nsfw", scorer.score, pixels)
         boxes = timed("faces", finder.find, pixels, 0.5)
         if len(boxes):
-            timed("blur and encode", lambda: faces.encode(faces.blur(pixels, boxes), "JPEG"))
+            blurred = timed("blur", faces.blur, pixels, boxes)
+            timed("encode", faces.encode, blurred, "JPEG")
         for name, rows in prepared.items():
             rows.append(timed(f"prepare for {name}", registry.preparation(name), pixels))
     for name, rows in prepared.items():
