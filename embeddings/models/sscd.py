@@ -7,6 +7,7 @@ normalises inside; the TorchScript takes normalised floats.
 import hashlib
 import importlib.util
 import os
+import warnings
 from importlib.metadata import version
 from typing import Any
 
@@ -121,7 +122,9 @@ class TorchScript:
 
         path = name.split(":", 1)[1]
         try:
-            self._module = torch.jit.load(path, map_location=device).eval()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch announces the end of TorchScript; Meta's release is in it
+                self._module = torch.jit.load(path, map_location=device).eval()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"model {name}: not a TorchScript file ({reason})") from error
