@@ -140,15 +140,6 @@ PACKAGES = (
     ),
     Package(
         "debian",
-        "mate-backgrounds",
-        "1.26.0-1",
-        "7bf4c2209f34b4f61ba6d24c8b58c28b361e82e4b943aae6d42c030169af9e04",
-        "GPL-2+, CC-BY-SA-4.0",
-        47,
-        (Take(r"^usr/share/backgrounds/mate/", "photo"),),
-    ),
-    Package(
-        "debian",
         "pysiogame",
         "4.20.01-1",
         "6b22766dfd8ef3a046c2665fe2598ac8a1ecee3d331bda38accf53de65bc59bf",

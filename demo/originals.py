@@ -18,9 +18,9 @@ from curation.order import hash_keys
 from demo.corpus import Corpus, Picture
 
 MOST = {
-    ("ufoai-textures", "texture"): 700,
+    ("ufoai-textures", "texture"): 640,
     ("ufoai-textures", "picture"): 90,
-    ("stellarium-data", "nebula"): 400,
+    ("stellarium-data", "nebula"): 380,
     ("stellarium-data", "drawing"): 150,
     ("games-thumbnails", "screenshot"): 200,
     ("opencv-doc", "figure"): 160,
@@ -32,7 +32,7 @@ MOST = {
     ("elpv-dataset", "solar cell"): 200,
 }
 """Images taken of a class that would else be half of the web, or cost minutes."""
-SHORTEST, LARGEST, LONGEST_ASPECT = 64, 6_000_000, 3.0
+SHORTEST, LARGEST, LONGEST_ASPECT = 64, 1_500_000, 3.0
 """Pixels of the short side, pixels in all, long side over short side."""
 MODEL = "sscd"
 THRESHOLD = 0.6

@@ -53,6 +53,8 @@ FAULTS = {
 PLURAL = {"copy": "copies", "leak": "leaks"}
 COPIED_SIDE = 128
 """Copies are made of originals with at least this many pixels on the short side: half of it is still an image."""
+LEAST_CONTRAST = 12.0
+"""Standard deviation of the 32x32 luminance of what is copied, 0-128."""
 FORBIDDEN_PRIVATE = "http://10.0.0.1/router.png"
 FORBIDDEN_LOOPBACK = "http://127.0.0.99:{port}/admin.png"
 
@@ -246,12 +248,14 @@ def _copies(
     say: Callable[[str], None],
 ) -> None:
     """Copies of as many pictures as asked for, each of another; fewer, in proportion, where there are too few."""
-    share = min(1.0, len(pictures) / sum(wanted.values()))
+    share = min(1.0, 0.8 * len(pictures) / sum(wanted.values()))
     queue = iter(pictures)
     for copy, count in wanted.items():
         ways = _ways(copy, kind, int(count * share))
         for way in ways:
-            picture = next(queue)
+            picture = next((p for p in queue if _has_detail(corpus, p)), None)
+            if picture is None:
+                break
             data, suffix = _derive(corpus, picture, copy)
             name = hashlib.sha256(f"{kind}{copy}{picture.path}".encode()).hexdigest()[:16] + suffix
             if copy == "exact":
@@ -263,6 +267,16 @@ def _copies(
             plan.rows.append(Row(url, kind, _alt(picture), copy, way, picture.sha256, **_about(picture)))
     planted = [row for row in plan.rows if row.kind == kind]
     say(f"planted {len(planted):,} {PLURAL[kind]}")
+
+
+def _has_detail(corpus: Corpus, picture: Picture) -> bool:
+    """Whether no filter for solid colour could take the picture, or a crop of it, for a plain surface."""
+    from PIL import Image
+
+    from embeddings.decoding import decode
+
+    image = Image.fromarray(decode(corpus.open(picture))).convert("L").resize((32, 32), Image.Resampling.BOX)
+    return float(np.asarray(image, np.float64).std()) >= LEAST_CONTRAST
 
 
 def _ways(copy: str, kind: str, count: int) -> list[str]:

@@ -6,7 +6,6 @@ Every step is skipped when it is there already, so a second call ends in seconds
 import argparse
 import hashlib
 import json
-import os
 import subprocess
 import sys
 import time
@@ -28,9 +27,9 @@ from demo.web import choose_places
 REVISION = 1
 """Raise when planting changes: webs of another revision are made again."""
 TEMPLATE = Path("configs/demo.yaml")
-NEEDS = """[bold]The demo[/] builds a small web of about 3,300 real images on this machine and curates it.
+NEEDS = """[bold]The demo[/] builds a small web of about 3,200 real images on this machine and curates it.
 It needs, once, for set-up: a Debian-like system (apt-get and dpkg-deb; root is not needed), npm, the package
-registries, about 1.1 GB to download, 2 GB of disk and some 10 minutes on two cores. The stages then take about 10
+registries, about 1 GB to download, 2 GB of disk and some 10 minutes on two cores. The stages then take about 10
 minutes and no network beyond loopback. Without apt it runs on PyPI's part alone, with far fewer images."""
 
 console = Console(width=None if sys.stdout.isatty() else 140)
