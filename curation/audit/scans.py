@@ -6,19 +6,20 @@ What is sampled is sampled in hash order (`curation/order.py`): the same rows wh
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
-from pyarrow import acero
 
 from curation import storage
 from curation.order import hash_keys
 from curation.schemas import SOURCE_SHIFT
+
+if TYPE_CHECKING:  # these bring pandas along, and `curate --help` need not wait for it
+    import pyarrow.dataset as ds
 
 BATCH_ROWS = 1 << 16
 GROUPS_PER_PASS = 1 << 26
@@ -43,8 +44,10 @@ HOST = pc.utf8_lower(
 )
 
 
-def open_parts(paths: Sequence[str]) -> ds.Dataset:
+def open_parts(paths: Sequence[str]) -> "ds.Dataset":
     """Parquet files, local or of any fsspec filesystem, as one dataset. paths: at least one, all of one filesystem."""
+    import pyarrow.dataset as ds
+
     if all(storage.is_local(path) for path in paths):
         return ds.dataset([storage.filesystem(path)[1] for path in paths], format="parquet")
     fs = storage.filesystem(paths[0])[0]
@@ -66,6 +69,8 @@ def count_by(paths: Sequence[str], keys: Mapping[str, Any], where: Any = None) -
     names = list(keys)
     if not paths:
         return pa.table({name: pa.array([], pa.string()) for name in names} | {"images": pa.array([], pa.int64())})
+    from pyarrow import acero
+
     steps = [acero.Declaration("scan", acero.ScanNodeOptions(open_parts(paths), filter=where))]
     if where is not None:
         steps.append(acero.Declaration("filter", acero.FilterNodeOptions(where)))
