@@ -31,7 +31,7 @@ def folder(path: Path, count: int, family: int = 0, first: int = 0) -> Path:
     return path
 
 
-def pool_with_copies(path: Path, originals: int = 40) -> Path:
+def pool_with_copies(path: Path, originals: int = 24) -> Path:
     """Originals of two families, each fourth also as an exact copy, as a smaller one and recompressed."""
     path.mkdir(parents=True, exist_ok=True)
     for number in range(originals):
@@ -63,7 +63,8 @@ sources:
   - {{as: "seed:even", folder: {root}/seeds-even}}
   - {{as: "seed:odd", folder: {root}/seeds-odd}}
   - {{as: "reference:evaluation", folder: {root}/evaluation}}
-dedup: {{against_threshold: 0.75}}
+filter: {{copy_model: sscd_distilled}}
+dedup: {{threshold: 0.8, against_threshold: 0.85}}
 embed: {{models: [mobilenet_v2]}}
 cluster: {{levels: [6, 2]}}
 retrieve: {{mode: sample, neighbours: 3}}

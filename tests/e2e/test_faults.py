@@ -13,7 +13,19 @@ import pytest
 
 from tests.e2e.pictures import write_config
 
-KILL_AT = ("score", "dedup", "embed/mobilenet_v2", "retrieve", "manifest")
+FEW = ("dedup", "embed/mobilenet_v2", "manifest")
+EVERY = (
+    "import",
+    "score",
+    "filter",
+    "dedup",
+    "embed/mobilenet_v2",
+    "cluster",
+    "retrieve",
+    "balance",
+    "mix",
+    "manifest",
+)
 """Stages in which the driver is killed, one kill each, in one chain of attempts."""
 
 
@@ -46,18 +58,37 @@ def stage_began(run: Path, stage: str, after: int) -> bool:
     return False
 
 
-def kill_in(config: Path, run: Path, stage: str, wait_s: float) -> bool:
-    """Start a run and kill -9 its driver shortly after `stage` began. False if it ended before."""
+def kill_in(config: Path, run: Path, stage: str, wait_s: float, *, worker_in: str | None = None) -> bool:
+    """Start a run and kill -9 its driver shortly after `stage` began, and before it a worker at work in `worker_in`.
+
+    False if the run ended before.
+    """
     after = (run / "events.jsonl").stat().st_size if (run / "events.jsonl").exists() else 0
     process = start(config)
     deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
+        if worker_in is not None and stage_began(run, worker_in, after) and kill_a_worker(process.pid):
+            worker_in = None
         if stage_began(run, stage, after):
+            assert worker_in is None, "no worker was seen at work"
             time.sleep(wait_s)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             return True
-        time.sleep(0.02)
+        time.sleep(0.05)
+    return False
+
+
+def kill_a_worker(driver: int) -> bool:
+    """Kill -9 one Ray worker of the driver that is at work. False if none is seen."""
+    for process in psutil.Process(driver).children(recursive=True):
+        try:
+            name = " ".join(process.cmdline())
+        except psutil.Error:
+            continue
+        if name.startswith("ray::Map"):
+            process.kill()
+            return True
     return False
 
 
@@ -75,44 +106,36 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[
     return root, results(root / "whole")
 
 
-@pytest.mark.timeout(420)
-def test_a_killed_driver_goes_on_to_the_same_bytes(uninterrupted: tuple[Path, dict[str, bytes]]) -> None:
-    root, expected = uninterrupted
-    config = write_config(root, root / "killed")
-    killed = [stage for n, stage in enumerate(KILL_AT) if kill_in(config, root / "killed", stage, 0.05 + 0.1 * n)]
-    assert len(killed) >= 4, f"only killed in {killed}: {config.with_suffix('.log').read_text()[-2000:]}"
+def check_kills(root: Path, expected: dict[str, bytes], name: str, stages: tuple[str, ...]) -> None:
+    """Kill the driver once in each of the stages, and a worker of the image pass; then compare every byte."""
+    config = write_config(root, root / name)
+    killed = [
+        stage
+        for number, stage in enumerate(stages)
+        if kill_in(config, root / name, stage, 0.05 * number, worker_in=None if number else "score")
+    ]
+    assert len(killed) >= len(stages) - 1, f"only killed in {killed}: {config.with_suffix('.log').read_text()[-2000:]}"
     finish(config)
-    found = results(root / "killed")
+    found = results(root / name)
     assert found.keys() == expected.keys()
-    different = [name for name in expected if expected[name] != found[name]]
+    different = [path for path in expected if expected[path] != found[path]]
     assert not different
 
 
-@pytest.mark.timeout(300)
-def test_a_killed_worker_is_replaced(uninterrupted: tuple[Path, dict[str, bytes]]) -> None:
-    root, expected = uninterrupted
-    config = write_config(root, root / "worker")
-    process = start(config)
-    deadline = time.monotonic() + 200
-    victims: list[psutil.Process] = []
-    while process.poll() is None and time.monotonic() < deadline:
-        if stage_began(root / "worker", "score", 0):
-            busy = [p for p in psutil.Process(process.pid).children(recursive=True) if "ray::" in " ".join(_name(p))]
-            victims = [p for p in busy if not any(idle in " ".join(_name(p)) for idle in ("IDLE", "Agent"))]
-            if victims:
-                victims[-1].kill()
-                break
-        time.sleep(0.02)
-    assert victims, "no Ray worker was seen at work"
-    assert process.wait(timeout=240) == 0, config.with_suffix(".log").read_text()[-3000:]
-    assert results(root / "worker") == expected
+@pytest.mark.timeout(420)
+def test_killed_drivers_and_workers_end_with_the_same_bytes(uninterrupted: tuple[Path, dict[str, bytes]]) -> None:
+    check_kills(*uninterrupted, "killed", FEW)
 
 
-def _name(process: psutil.Process) -> list[str]:
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_a_driver_killed_in_every_stage_ends_with_the_same_bytes(uninterrupted: tuple[Path, dict[str, bytes]]) -> None:
+    check_kills(*uninterrupted, "killed-often", ("embed/mobilenet_v2", *EVERY[5:]))
+    config = write_config(uninterrupted[0], uninterrupted[0] / "killed-early")
+    for stage in EVERY[:5]:
+        kill_in(config, uninterrupted[0] / "killed-early", stage, 0.3)
+    finish(config)
+    assert results(uninterrupted[0] / "killed-early") == uninterrupted[1]
 
 
 def test_the_second_run_skips_everything(uninterrupted: tuple[Path, dict[str, bytes]]) -> None:
