@@ -80,6 +80,7 @@ class Web:
 
     def close(self) -> None:
         for server in self._servers:
+            server.shutdown()  # a loop left on a closed socket would spin
             server.server_close()
 
 
