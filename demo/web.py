@@ -67,7 +67,8 @@ class Web:
                 )
                 self._servers.append(_Server((address, int(port)), handler))
         except BaseException:
-            self.close()
+            for server in self._servers:
+                server.server_close()
             raise
         for server in self._servers:
             threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
