@@ -37,9 +37,14 @@ def test_folder_of_tables_becomes_a_folder_of_vectors(tmp_path: Path, ray_sessio
     ]
     first = runner.invoke(app, arguments)
     assert first.exit_code == 0, first.output
-    assert json.loads(first.stdout)["summary"] == {"images": 3, "vectors": 3, "unreadable": 0, "reasons": {}}
+    assert json.loads(first.stdout.strip().splitlines()[-1])["summary"] == {
+        "images": 3,
+        "vectors": 3,
+        "unreadable": 0,
+        "reasons": {},
+    }
     second = runner.invoke(app, arguments)
-    assert json.loads(second.stdout)["skipped"] is True
+    assert json.loads(second.stdout.strip().splitlines()[-1])["skipped"] is True
 
 
 @pytest.mark.parametrize(
