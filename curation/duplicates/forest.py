@@ -8,7 +8,7 @@ to the forest of the whole.
 Inside an algorithm a node is a dense number in (space, id) order: space 0 the pool, space n the n-th reference set.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numba
@@ -81,24 +81,25 @@ class ForestMerger:
             self._buffer, self._buffered = [], 0
 
 
-def nearest(forest: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+NOBODY = np.uint32(0xFFFFFFFF)
+"""No node: a graph has at most 2^32 - 1 of them."""
+
+
+def pieces_of(forest: np.ndarray | Iterable[np.ndarray]) -> Iterable[np.ndarray]:
+    """The pieces of what may be one array of edges."""
+    return (forest,) if isinstance(forest, np.ndarray) else forest
+
+
+def nearest(forest: np.ndarray | Iterable[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
     """Each node's most similar neighbour in the graph the forest was made of (ties: the smallest node).
 
-    By the cut property a node's best edge is in the forest. Returns (count,) int64 with -1 for none, (count,) float32.
+    By the cut property a node's best edge is in the forest. Returns (count,) uint32 with NOBODY for none, and
+    (count,) float32 with NaN.
     """
-    best = np.full(count, -1, np.int64)
+    best = np.full(count, NOBODY, np.uint32)
     similarity = np.full(count, np.nan, np.float32)
-    for mine, other in (("low", "high"), ("high", "low")):
-        # Written from the worst to the best: the last write of a node wins.
-        backwards = forest[::-1]
-        seen = np.full(count, -1, np.int64)
-        seen[backwards[mine]] = np.arange(len(forest))[::-1]
-        has = np.flatnonzero(seen >= 0)
-        edge = forest[seen[has]]
-        neighbour, value = edge[other].astype(np.int64), edge["similarity"]
-        better = (best[has] < 0) | (value > similarity[has]) | ((value == similarity[has]) & (neighbour < best[has]))
-        best[has[better]] = neighbour[better]
-        similarity[has[better]] = value[better]
+    for rows in pieces_of(forest):
+        _take_nearest(rows["low"], rows["high"], rows["similarity"], best, similarity)
     return best, similarity
 
 
@@ -224,6 +225,20 @@ def _find(parent: np.ndarray, node: int) -> int:
         parent[node] = parent[parent[node]]
         node = parent[node]
     return node
+
+
+@numba.njit(cache=True, nogil=True)
+def _take_nearest(
+    low: np.ndarray, high: np.ndarray, values: np.ndarray, best: np.ndarray, similarity: np.ndarray
+) -> None:
+    for edge in range(len(low)):
+        value = values[edge]
+        for mine, other in ((low[edge], high[edge]), (high[edge], low[edge])):
+            # NaN is above nothing: not (known >= value) holds for the first neighbour too.
+            known = similarity[mine]
+            if not known >= value or (known == value and other < best[mine]):
+                best[mine] = other
+                similarity[mine] = value
 
 
 @numba.njit(cache=True, nogil=True)

@@ -84,7 +84,7 @@ def test_nearest_neighbours_of_the_graph_are_read_from_its_forest(graph) -> None
     for node in range(n):
         around = [(-e[2], e[1] if e[0] == node else e[0]) for e in rows.tolist() if node in (e[0], e[1])]
         expected = min(around) if around else None
-        assert (best[node] == -1) if expected is None else ((-similarity[node], best[node]) == expected)
+        assert (best[node] == f.NOBODY) if expected is None else ((-similarity[node], best[node]) == expected)
 
 
 @settings(max_examples=50, deadline=None)
