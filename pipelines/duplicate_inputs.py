@@ -3,8 +3,8 @@
 The driver holds some 30 bytes per image: ids, places in their files, one number to choose representatives by.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,9 @@ class InputPart:
     images: str | None
     """Part of the filter table; None for Parquet from elsewhere."""
     fresh: bool
-    """Belongs to the generation that is being made."""
+    """Belongs to the generation of dedup that is being made."""
+    generation: int = 0
+    """The generation of filter that wrote it."""
 
 
 @dataclass
@@ -103,21 +105,50 @@ class Inputs:
     copies: tuple[np.ndarray, np.ndarray] = (np.empty(0, np.uint64), np.empty(0, np.uint64))
     """Ids that filter dropped as copies (ascending), and the original of each."""
 
-    def members(self, rows: Rows, places: np.ndarray | None, offset: int, count: int, max_rows: int) -> Members:
-        """Rows as members of a join: row k is node places[k] + offset (None: k + offset)."""
+    def members(
+        self,
+        rows: Rows,
+        places: np.ndarray | None,
+        offset: int,
+        count: int,
+        max_rows: int,
+        fresh: Collection[int] | None = None,
+    ) -> Members:
+        """Rows as members of a join: row k is node places[k] + offset (None: k + offset).
+
+        fresh: the generations of filter to be compared; None: those of the generation that is being made.
+        """
+        files = _told(self.parts, fresh)
         return Members(
-            bundled(self._pieces(rows, self.parts, places, offset, max_rows), max_rows),
+            bundled(self._pieces(rows, files, places, offset, max_rows), max_rows),
             self.dimension,
             self.half,
             count,
         )
 
-    def reference_members(self, ranked: Sequence[np.ndarray | None], offsets: np.ndarray, max_rows: int) -> Members:
-        """All reference images, set after set. offsets: (spaces + 1,) first node of each space."""
+    def reference_members(
+        self,
+        ranked: Sequence[np.ndarray | None],
+        offsets: np.ndarray,
+        max_rows: int,
+        fresh: Collection[int] | None = None,
+    ) -> Members:
+        """All reference images, set after set. offsets: (spaces + 1,) first node of each space. fresh: as `members`."""
+        files = _told(self.reference_files, fresh)
         pieces: list[Piece] = []
         for number, rows in enumerate(self.references):
-            pieces += self._pieces(rows, self.reference_files, ranked[number], int(offsets[number + 1]), max_rows)
+            pieces += self._pieces(rows, files, ranked[number], int(offsets[number + 1]), max_rows)
         return Members(bundled(pieces, max_rows), self.dimension, self.half, int(offsets[-1]))
+
+    @property
+    def generations(self) -> frozenset[int]:
+        """The generations of filter that the parts come from."""
+        return frozenset(part.generation for part in [*self.parts, *self.reference_files])
+
+    def fresh(self, rows: Rows) -> np.ndarray:
+        """(n,) bool: rows of the generation that is being made, in the order of `rows`."""
+        parts = [np.full(len(i), self.parts[p].fresh) for p, i in zip(rows.parts, rows.ids, strict=True)]
+        return np.concatenate([np.empty(0, bool), *parts])
 
     def _pieces(
         self, rows: Rows, files: Sequence[InputPart], places: np.ndarray | None, offset: int, max_rows: int
@@ -132,6 +163,10 @@ class Inputs:
             assert path is not None
             pieces += file_pieces(path, (nodes + offset).astype(np.uint32), positions, files[part].fresh, max_rows)
         return pieces
+
+
+def _told(parts: Sequence[InputPart], fresh: Collection[int] | None) -> Sequence[InputPart]:
+    return parts if fresh is None else [replace(part, fresh=part.generation in fresh) for part in parts]
 
 
 def from_folders(folder: str, against: Sequence[str], representative: str) -> Inputs:
@@ -180,7 +215,7 @@ def from_run(context: Context, generation: Generation, representative: str) -> I
         if f"{COPY_EMBEDDING}/{record.name}.parquet" in record.files
     }
     parts = [
-        InputPart(record.name, scored.get(record.name), g.writer.path(record.name), g.number in fresh)
+        InputPart(record.name, scored.get(record.name), g.writer.path(record.name), g.number in fresh, g.number)
         for g in context.run.stage("filter").generations()
         if g.number in seen
         for record in g.parts

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curation.duplicates.forest import NOBODY
 from curation.duplicates.scratch import Reader, Scratch
 from curation.schemas import DUPLICATES
 from curation.vectors import open_parquet
@@ -74,7 +75,7 @@ def _table(ids: np.ndarray, kinds: np.ndarray, reader: Reader, decisions: Decisi
     component[pool] = pool_ids[labels[node]]
     reason[pool[~get("stays")[node]]] = "self"
     neighbour = get("nearest")[node]
-    has = neighbour >= 0
+    has = neighbour != NOBODY
     nearest_id[pool[has]] = pool_ids[neighbour[has]]
     similarity[pool[has]] = get("similarity")[node[has]]
 

@@ -187,26 +187,21 @@ def path(forest: np.ndarray, start: int, end: int) -> list[tuple[int, float | No
 
     In a maximum spanning forest this is the chain whose weakest link is strongest.
     """
-    around: dict[int, list[tuple[int, float]]] = {}
-    for edge in forest:
-        one, other, value = int(edge["low"]), int(edge["high"]), float(edge["similarity"])
-        around.setdefault(one, []).append((other, value))
-        around.setdefault(other, []).append((one, value))
-    came: dict[int, tuple[int, float] | None] = {start: None}
-    queue = [start]
-    for node in queue:
-        for other, value in around.get(node, []):
-            if other not in came:
-                came[other] = (node, value)
-                queue.append(other)
-    if end not in came:
+    ends = np.concatenate([forest["low"], forest["high"]])
+    nodes, place = np.unique(ends, return_inverse=True)
+    at = np.searchsorted(nodes, [start, end])
+    if not len(nodes) or (np.take(nodes, at, mode="clip") != [start, end]).any():
         return []
+    order = np.argsort(place, kind="stable")
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(place, minlength=len(nodes)))])
+    came = _walk(offsets, order, np.roll(place, len(forest)), int(at[0]))
     chain: list[tuple[int, float | None]] = []
-    node = end
-    while (link := came[node]) is not None:
-        chain.append((node, link[1]))
-        node = link[0]
-    return [(start, None), *reversed(chain)]
+    node = int(at[1])
+    while came[node] >= 0:
+        edge = int(came[node]) % len(forest)
+        chain.append((int(nodes[node]), float(forest["similarity"][edge])))
+        node = int(place[edge]) + int(place[edge + len(forest)]) - node
+    return [(start, None), *reversed(chain)] if node == at[0] else []
 
 
 def cut(forest: np.ndarray, threshold: float) -> np.ndarray:
@@ -225,6 +220,27 @@ def _find(parent: np.ndarray, node: int) -> int:
         parent[node] = parent[parent[node]]
         node = parent[node]
     return node
+
+
+@numba.njit(cache=True, nogil=True)
+def _walk(offsets: np.ndarray, order: np.ndarray, other: np.ndarray, start: int) -> np.ndarray:
+    """(n,) int64: by which end of an edge each node was reached from `start`; -1 for the start and the unreached."""
+    came = np.full(len(offsets) - 1, -1, np.int64)
+    seen = np.zeros(len(offsets) - 1, np.bool_)
+    queue = np.empty(len(offsets) - 1, np.int64)
+    queue[0], first, last = start, 0, 1
+    seen[start] = True
+    while first < last:
+        node = queue[first]
+        first += 1
+        for place in range(offsets[node], offsets[node + 1]):
+            following = other[order[place]]
+            if not seen[following]:
+                seen[following] = True
+                came[following] = order[place]
+                queue[last] = following
+                last += 1
+    return came
 
 
 @numba.njit(cache=True, nogil=True)

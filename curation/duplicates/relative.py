@@ -45,6 +45,8 @@ class RelativeJoin:
     references_hit: np.ndarray
     """Nodes of reference images with a direct hit, ascending."""
     report: dict[str, Any]
+    cells: Any = None
+    """The cells of the pool half, for later generations; None where it was compared exactly."""
 
 
 def relative_join(
@@ -56,17 +58,20 @@ def relative_join(
     scratch: Scratch,
     spread: Spread = serial,
     thresholds: Sequence[float] = (),
+    **stored: Any,
 ) -> RelativeJoin:
     """Join pool and seed images, and reference images, with everything; pairs without a fresh end are left out.
 
     offsets: (spaces + 1,) int64, the first node of each space; images are space 0. ids: (images,) uint64 of space 0.
+    stored: `cells` of an earlier generation, for the pool half.
     """
     parts = ForestMerger(images.count)
     report: dict[str, Any] = {"method": "exact", "vectors": images.rows, "recall": 1.0}
+    cells = None
     if images.fresh_rows:
-        found = self_join(images, ids, options, Scratch(f"{scratch.directory}/pool"), spread, thresholds)
+        found = self_join(images, ids, options, Scratch(f"{scratch.directory}/pool"), spread, thresholds, **stored)
         parts.add(found.forest)
-        report = found.report
+        report, cells = found.report, getattr(found, "cells", None)
     between = Scratch(f"{scratch.directory}/references")
     store(references, between, spread)
     if references.fresh_rows:
@@ -83,7 +88,7 @@ def relative_join(
     rows = np.concatenate([np.empty(0, HIT), *hits])
     order = np.lexsort((rows["reference"], -rows["similarity"], rows["node"]))
     return RelativeJoin(
-        parts.result(), rows[order], np.unique(np.concatenate([np.empty(0, np.uint32), *touched])), report
+        parts.result(), rows[order], np.unique(np.concatenate([np.empty(0, np.uint32), *touched])), report, cells
     )
 
 

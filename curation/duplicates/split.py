@@ -5,7 +5,7 @@ higher thresholds, read from the stored forest; `stars` keeps with a representat
 it, and lets the others elect among themselves.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ import numpy as np
 from curation import products, vectors
 from curation.duplicates import grouped
 from curation.duplicates.components import component_sizes, components
-from curation.duplicates.forest import cut, ordered
+from curation.duplicates.forest import cut, ordered, pieces_of
 from curation.duplicates.grouped import Grouped
 from curation.duplicates.join import Spread, serial
 from curation.duplicates.members import Members
@@ -26,6 +26,8 @@ TABLE_MEMBERS = 2048
 BATCH = 1024
 PAIRS_HELD = 1 << 22
 ELECTION = "election"
+STAYS = 255
+"""Rank of a representative that an earlier generation chose."""
 
 # ---- components that fit --------------------------------------------------------------------------------------------
 
@@ -111,12 +113,12 @@ def _fitting(low: np.ndarray, high: np.ndarray, similarity: np.ndarray, count: i
 
 @dataclass(frozen=True)
 class Election:
-    """Who is asked first: the elected of before, then by value (largest first), then the smallest node."""
+    """Who is asked first: the higher rank, then the larger value, then the smaller node."""
 
     value: np.ndarray | None = None
     """(count,) numbers, NaN counts as the smallest; None: by node."""
-    before: np.ndarray | None = None
-    """(count,) bool: representatives that stay representatives."""
+    rank: np.ndarray | None = None
+    """(count,) uint8; who has STAYS is elected and never taken. None: all equal."""
     by_mean: bool = False
     """In place of `value`: the product with the sum of the component's vectors, as the medoid is chosen."""
 
@@ -124,7 +126,7 @@ class Election:
 def stars(
     members: Members,
     labels: np.ndarray,
-    forest: np.ndarray,
+    forest: np.ndarray | Iterable[np.ndarray],
     election: Election,
     threshold: float,
     scratch: Scratch,
@@ -138,24 +140,26 @@ def stars(
     whose first elected has an edge to every other member need no vectors.
     """
     sizes = component_sizes(labels)
-    before = np.zeros(len(labels), bool) if election.before is None else election.before
+    rank = np.zeros(len(labels), np.uint8) if election.rank is None else election.rank
     value = _comparable(election, len(labels))
-    first = _first(labels, value, before)
+    first = _first(labels, value, rank)
     elected = np.zeros(len(labels), bool)
     wanted = sizes[labels] > 1
     if not election.by_mean:
-        above = cut(forest, threshold)
-        settled = _settled(above["low"], above["high"], labels, first, sizes, before)
-        wanted &= ~settled[labels]
+        left = sizes.copy()
+        _count_contested(labels, first, rank, left)
+        for rows in pieces_of(forest):
+            _count_settled(rows["low"], rows["high"], rows["similarity"], np.float32(threshold), labels, first, left)
+        wanted &= left[labels] > 1
     elected[first[np.flatnonzero((sizes > 0) & ~wanted)]] = True
     result = labels.copy()
     mine = Scratch(f"{scratch.directory}/stars")
     stored = grouped.shuffle(members, labels, wanted, mine, spread)
-    mine.put(ELECTION, {"value": value, "before": before})
-    rows = max(1, memory_bytes // 8 // (12 * members.dimension))
+    mine.put(ELECTION, {"value": value, "rank": rank})
+    room = max(1, memory_bytes // 8 // (12 * members.dimension))
     calls = [
-        (f"components {low}", (stored, low, high, rows, threshold, members.half, election.by_mean))
-        for low, high in grouped.ranges(labels, wanted, rows)
+        (f"components {low}", (stored, low, high, room, threshold, members.half, election.by_mean))
+        for low, high in grouped.ranges(labels, wanted, room)
     ]
     for _, (nodes, groups, chosen) in spread(elect, calls):
         result[nodes] = groups
@@ -171,29 +175,39 @@ def _comparable(election: Election, count: int) -> np.ndarray:
 
 
 @numba.njit(cache=True, nogil=True)
-def _first(labels: np.ndarray, value: np.ndarray, before: np.ndarray) -> np.ndarray:
+def _first(labels: np.ndarray, value: np.ndarray, rank: np.ndarray) -> np.ndarray:
     first = np.arange(len(labels)).astype(np.uint32)
     for node in range(len(labels)):
         rival = first[labels[node]]
-        if (before[node] and not before[rival]) or (before[node] == before[rival] and value[node] > value[rival]):
+        if rank[node] > rank[rival] or (rank[node] == rank[rival] and value[node] > value[rival]):
             first[labels[node]] = node
     return first
 
 
 @numba.njit(cache=True, nogil=True)
-def _settled(
-    low: np.ndarray, high: np.ndarray, labels: np.ndarray, first: np.ndarray, sizes: np.ndarray, before: np.ndarray
-) -> np.ndarray:
-    """(count,) bool by label: the first elected has an edge to every other member, and none of them is an elected."""
-    left = sizes.copy()
+def _count_contested(labels: np.ndarray, first: np.ndarray, rank: np.ndarray, left: np.ndarray) -> None:
+    """Components with a second member that stays are never settled by their first."""
+    for node in range(len(labels)):
+        if rank[node] == STAYS and first[labels[node]] != node:
+            left[labels[node]] = len(labels)
+
+
+@numba.njit(cache=True, nogil=True)
+def _count_settled(
+    low: np.ndarray,
+    high: np.ndarray,
+    similarity: np.ndarray,
+    threshold: float,
+    labels: np.ndarray,
+    first: np.ndarray,
+    left: np.ndarray,
+) -> None:
+    """left: (count,) by label, members without an edge to their first elected, which counts itself."""
     for edge in range(len(low)):
         label = labels[low[edge]]
-        if labels[high[edge]] == label and (first[label] == low[edge] or first[label] == high[edge]):
+        met = first[label] == low[edge] or first[label] == high[edge]
+        if met and similarity[edge] > threshold and labels[high[edge]] == label:
             left[label] -= np.uint32(1)
-    for node in range(len(labels)):
-        if before[node] and first[labels[node]] != node:
-            left[labels[node]] = len(labels)
-    return left <= 1
 
 
 def elect(
@@ -204,18 +218,18 @@ def elect(
     parts = [(labels, nodes) for labels, nodes, _ in stored.slices(reader, low, high)]
     labels, nodes = (np.concatenate(column) for column in zip(*parts, strict=True))
     value = np.array(reader.get(ELECTION, "value")[nodes])
-    before = np.array(reader.get(ELECTION, "before")[nodes])
+    rank = np.array(reader.get(ELECTION, "rank")[nodes])
     if len(nodes) > room:
-        found = _Component(stored, reader, low, high, nodes, value, before)
+        found = _Component(stored, reader, low, high, nodes, value, rank)
         return _groups(nodes, found.elect(threshold, half, by_mean, room))
     rows = np.concatenate([np.array(part) for _, _, part in stored.slices(reader, low, high)])
     order = np.lexsort((nodes, labels))
-    labels, nodes, value, before, rows = (column[order] for column in (labels, nodes, value, before, rows))
+    labels, nodes, value, rank, rows = (column[order] for column in (labels, nodes, value, rank, rows))
     owner = np.empty(len(nodes), np.int64)
     starts = np.flatnonzero(np.concatenate([[True], labels[1:] != labels[:-1]])).tolist()
     for begin, end in zip(starts, [*starts[1:], len(labels)], strict=True):
         span = slice(begin, end)
-        one = _Loaded(nodes[span], value[span], before[span], rows[span])
+        one = _Loaded(nodes[span], value[span], rank[span], rows[span])
         owner[span] = one.elect(threshold, half, by_mean, room) + begin
     return _groups(nodes, owner)
 
@@ -232,7 +246,7 @@ class _Loaded:
 
     nodes: np.ndarray
     value: np.ndarray
-    before: np.ndarray
+    rank: np.ndarray
     rows: np.ndarray
 
     def blocks(self, room: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -247,9 +261,9 @@ class _Loaded:
     def elect(self, threshold: float, half: bool, by_mean: bool, room: int) -> np.ndarray:
         """(n,) int64: who each member belongs to, itself for the elected."""
         value = self._products_with_sum(room) if by_mean else self.value
-        order = np.lexsort((self.nodes, -value.astype(np.float64), ~self.before))
+        order = np.lexsort((self.nodes, -value.astype(np.float64), -self.rank.astype(np.int16)))
         if len(order) <= TABLE_MEMBERS:
-            return _from_table(_above(self.take(np.arange(len(order))), threshold), order, self.before)
+            return _from_table(_above(self.take(np.arange(len(order))), threshold), order, self.rank == STAYS)
         return self._in_batches(order, threshold, half, room)
 
     def _products_with_sum(self, room: int) -> np.ndarray:
@@ -274,7 +288,7 @@ class _Loaded:
             for number, member in enumerate(free.tolist()):
                 if owner[member] < 0:
                     near = taken[bounds[number] : bounds[number + 1]]
-                    owner[near[(owner[near] < 0) & ~self.before[near]]] = member
+                    owner[near[(owner[near] < 0) & (self.rank[near] < STAYS)]] = member
                     owner[member] = member
             batch = min(BATCH, 2 * batch) if len(taken) < PAIRS_HELD // 4 else max(1, batch // 2)
         return owner
@@ -306,9 +320,9 @@ class _Component(_Loaded):
         high: int,
         nodes: np.ndarray,
         value: np.ndarray,
-        before: np.ndarray,
+        rank: np.ndarray,
     ) -> None:
-        super().__init__(nodes, value, before, np.empty(0))
+        super().__init__(nodes, value, rank, np.empty(0))
         self._where = stored, reader, low, high
 
     def blocks(self, room: int) -> Iterator[tuple[int, np.ndarray]]:
@@ -342,9 +356,9 @@ def _above(rows: np.ndarray, threshold: float) -> np.ndarray:
     return above
 
 
-def _from_table(above: np.ndarray, order: np.ndarray, before: np.ndarray) -> np.ndarray:
+def _from_table(above: np.ndarray, order: np.ndarray, stays: np.ndarray) -> np.ndarray:
     owner = np.full(len(order), -1, np.int64)
-    free = ~before
+    free = ~stays
     for member in order.tolist():
         if owner[member] < 0:
             mine = above[member] & free

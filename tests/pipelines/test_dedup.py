@@ -18,6 +18,7 @@ from curation.errors import UserError
 from curation.schemas import DUPLICATES, IMAGES, image_id
 from curation.vectors import embeddings_table
 from pipelines.context import Context, Outcome
+from pipelines.duplicate_forests import SWEEP
 from pipelines.run_directory import Fingerprint, Generation, RunDirectory, Source
 from pipelines.stages import dedup
 from pipelines.stages.dedup import DedupConfig
@@ -256,7 +257,7 @@ def test_sweep_of_thresholds_equals_a_run_at_each(tmp_path: Path) -> None:
     x, _, pool, against = chained(tmp_path)
     outcome = plain(tmp_path / "out", pool, against=[against])
     document = json.loads(Path(outcome.out, "thresholds.json").read_text())
-    assert [row["threshold"] for row in document["self"]] == list(dedup.SWEEP)
+    assert [row["threshold"] for row in document["self"]] == list(SWEEP)
     for row in document["self"]:
         label = labels_of(stored(x), row["threshold"])
         sizes = np.bincount(label)
@@ -274,7 +275,7 @@ def test_largest_components_are_described_with_their_weakest_pair_and_chain(tmp_
         x[k] = near(x[k - 1], 0.7, random)
     x[100:112] = x[99]
     outcome = plain(tmp_path / "out", write_folder(tmp_path / "e", x))
-    first, second = json.loads(Path(outcome.out, "components.json").read_text())[:2]
+    first, second = json.loads(Path(outcome.out, "components.json").read_text())["largest"][:2]
     values, label = stored(x), labels_of(stored(x), 0.6)
     assert first["images"] == int(np.bincount(label).max()) and first["least_similarity"] > 0.99
     group = np.flatnonzero(label == second["component_id"])
