@@ -142,16 +142,19 @@ class Context:
         """Open the generation made from all complete input generations; None: it is there already."""
         available = {i: self._complete(i, name) for i in inputs}
         directory = self.stage(name)
+        everything = {i: [g.number for g in available[i]] for i in inputs}
         known = self._known(directory)
         for generation in known:
             consumed = {i: [g for g in available[i] if g.number in generation.consumed.get(i, [])] for i in inputs}
-            extra = extra_inputs if generation is known[-1] else None
+            extra = extra_inputs
+            if generation.complete and generation.consumed != everything:
+                # About to be replaced: what it was made of beside the stages may have changed with them.
+                extra = {k: v for k, v in generation.fingerprint.inputs.items() if k not in inputs}
             wanted = self._fingerprint(name, revision, options, consumed, libraries, extra)
             if generation is known[-1]:
                 self._refuse_difference(directory, generation, wanted)
         if known and not known[-1].complete:
             return self._open(directory, known[-1])
-        everything = {i: [g.number for g in available[i]] for i in inputs}
         if known and known[-1].consumed == everything:
             self._skip(directory, known[-1])
             return None

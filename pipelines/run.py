@@ -45,7 +45,7 @@ def run(
             roles = [s.role.split(":")[0] for s in config.sources] + [s.role for s in context.run.sources()]
             preflight.check_something_enters(config, "seed" in roles)
         todo = [
-            s.name for s in steps if catalog.position(s.name, "stage") >= again or not _complete(context.run, s.name)
+            s.name for s in steps if catalog.position(s.name, "stage") >= again or not is_complete(context.run, s.name)
         ]
         preflight.check_models(config, todo)
         store_configuration(config, events)
@@ -102,14 +102,14 @@ def _refuse_gap(context: Context, config: RunConfig, first: str | None) -> None:
     for stage in enabled(config):
         if catalog.position(stage.name, "stage") >= start:
             return
-        if not _complete(context.run, stage.name):
+        if not is_complete(context.run, stage.name):
             raise UserError(
                 f"--from {first}: {stage.name} is not finished in {context.run.root}; "
                 f"start there with `--from {stage.name}`, or leave --from out"
             )
 
 
-def _complete(run: RunDirectory, name: str) -> bool:
+def is_complete(run: RunDirectory, name: str) -> bool:
     """Whether a stage has been done, for all models, and nothing of it is left half done. Ingest is one step."""
     names = catalog.INGEST if name in catalog.INGEST else (name,)
     tables = [stage.folders[-1] for stage in catalog.STAGES if stage.name in names]
