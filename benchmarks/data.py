@@ -39,7 +39,7 @@ EASY_BASE = Path(".cache/benchmarks/easy_base.npz")
 EASY_MIXTURE = {"resized": 0.3, "recompressed": 0.3, "cropped": 0.2, "overlaid": 0.2}
 """Share of each transformation among the kin of `easy`; exact copies never come as far as a join of embeddings."""
 KEPT = 0.55
-"""Share `a` of a real vector's own deviation from the mean that a vector grown from it keeps: see `Easy`."""
+"""Most of a real vector's own deviation that a vector grown from it keeps: see `Easy`."""
 
 
 @dataclass(frozen=True)
@@ -138,37 +138,44 @@ class AllEqual(Hard):
 
 
 class Easy:
-    """Grown from real SSCD vectors x with mean m and covariance S: unit(m + a (x - m) + sqrt(1 - a^2) S^1/2 z).
+    """Grown from real SSCD vectors x of families f: unit(m_f + a (x - m_f) + sqrt(1 - a^2) R_f z), z normal.
 
-    Mean and covariance stay those of the real vectors whatever a (the smoothed bootstrap with its variance kept), so
-    that cosines of two vectors drawn at random are distributed as the real ones are to second order; a is chosen by
-    the quantiles of the cosine to the nearest neighbour in samples of the real set's size
-    (`benchmarks/easy_base.py` writes both distributions down). Kin: a transformation by EASY_MIXTURE, one of the
+    m_f is the mean and R_f a root of the (shrunk) covariance of the family, so families keep their mean and spread
+    whatever a is (the smoothed bootstrap with its variance kept), and cosines between and within them are
+    distributed as the real ones. a is uniform below KEPT: the larger it is, the closer the nearest neighbours, as with
+    real vectors, and the more vectors of one x lie above the threshold once there are hundreds of each.
+    `benchmarks/easy_base.py` writes both distributions down. Kin: a transformation by EASY_MIXTURE, one of the
     cosines measured for it, and a direction drawn with the covariance of the real directions.
     """
 
     copies = COPIES
 
-    def __init__(self, dimension: int, seed: int, base: Path = EASY_BASE, kept: float = KEPT) -> None:
-        with np.load(base) as stored:
+    def __init__(self, dimension: int, seed: int) -> None:
+        with np.load(EASY_BASE) as stored:
             real = stored["originals"].astype(np.float32)
             kin, parent, kind = stored["kin"].astype(np.float32), stored["parent"], stored["transformation"]
+            self.family, self.roots = stored["family"], stored["roots"]
         if dimension != real.shape[1]:
-            raise ValueError(f"{base} has vectors of {real.shape[1]} dimensions, not {dimension}")
-        self.real, self.kept = unit(real), np.float32(kept)
-        self.mean = self.real.mean(axis=0)
-        self.spread = _root_of_covariance(self.real - self.mean)
+            raise ValueError(f"{EASY_BASE} has vectors of {real.shape[1]} dimensions, not {dimension}")
+        self.real = unit(real)
+        self.means = means(self.real, self.family)
         self.cosines = {
             name: vectors.similarity(kin[kind == name], real[parent[kind == name]]) for name in EASY_MIXTURE
         }
         cosine = vectors.similarity(kin, real[parent])[:, None]
         away = kin - cosine * self.real[parent]
-        self.sideways = _root_of_covariance(unit(away[cosine[:, 0] < 0.995]), centre=False)
+        directions = unit(away[cosine[:, 0] < 0.995]).astype(np.float64)
+        self.sideways = root(directions.T @ directions / len(directions))
 
     def originals(self, random: np.random.Generator, rows: int) -> np.ndarray:
-        deviation = self.real[random.integers(0, len(self.real), rows)] - self.mean
-        noise = random.standard_normal(deviation.shape, dtype=np.float32) @ self.spread
-        return unit(self.mean + self.kept * deviation + np.sqrt(1 - self.kept**2) * noise)
+        chosen = random.integers(0, len(self.real), rows)
+        kept = random.uniform(0, KEPT, rows).astype(np.float32)[:, None]
+        noise = random.standard_normal((rows, self.real.shape[1]), dtype=np.float32)
+        family = self.family[chosen]
+        for number in np.unique(family).tolist():
+            noise[family == number] = noise[family == number] @ self.roots[number]
+        mean = self.means[family]
+        return unit(mean + kept * (self.real[chosen] - mean) + np.sqrt(1 - kept**2) * noise)
 
     def made_from(self, random: np.random.Generator, rows: np.ndarray) -> np.ndarray:
         names = list(EASY_MIXTURE)
@@ -182,12 +189,16 @@ class Easy:
         return beside(rows, np.minimum(cosine, 1), noise)
 
 
-def _root_of_covariance(rows: np.ndarray, *, centre: bool = True) -> np.ndarray:
-    """(d, d) float32 R with R'R the covariance: standard normal rows @ R have it."""
-    rows = rows.astype(np.float64)
-    if centre:
-        rows = rows - rows.mean(axis=0)
-    values, axes = np.linalg.eigh(rows.T @ rows / len(rows))
+def means(rows: np.ndarray, group: np.ndarray) -> np.ndarray:
+    """(groups, d) float32: mean of the rows (n, d) of each group (n,)."""
+    total = np.zeros((int(group.max()) + 1, rows.shape[1]))
+    np.add.at(total, group, rows)
+    return (total / np.maximum(np.bincount(group), 1)[:, None]).astype(np.float32)
+
+
+def root(covariance: np.ndarray) -> np.ndarray:
+    """(d, d) float32 R with R'R the covariance (d, d): standard normal rows @ R have it."""
+    values, axes = np.linalg.eigh(covariance)
     return (np.sqrt(np.maximum(values, 0))[:, None] * axes.T).astype(np.float32)
 
 
