@@ -121,6 +121,6 @@ def _lines(found: Any) -> list[str]:
         lines.append(
             f"  clusters, level {level['level']} ({level['clusters']:,}): mean distance of older images "
             f"{level['mean_distance_older']:.4f}, of new ones {level['mean_distance_new']:.4f}; "
-            f"{level['moved']:.1%} of the new ones lie where the older ones do not"
+            f"{level['moved']:.1%} of the new ones would have to move to be spread alike"
         )
     return lines

@@ -200,27 +200,34 @@ def _count(found: dict[str, int], name: str, value: int) -> None:
 
 
 def _manifest(directory: RunDirectory, before: dict[str, int]) -> dict[str, int]:
-    """Rows of the manifest before and now, and how many images it lost and gained (a snapshot replaces the other)."""
+    """Rows of the manifest before and now, and how many images it gained and lost (a snapshot replaces the other)."""
     generations = directory.stage("manifest").generations()
-    count = before.get("manifest", 0)
     if not generations:
         return {}
-    old = generations[count - 1] if 0 < count <= len(generations) else None
-    ids = [np.empty(0, np.uint64), np.empty(0, np.uint64)]
     now = generations[-1]
-    gained = lost = 0
-    if old is not None and old.number != now.number:
-        ids = [
-            np.concatenate([np.empty(0, np.uint64), *(embedded.read_columns(p, ["image_id"])[0] for p in g.part_paths)])
-            for g in (old, now)
-        ]
-        gained, lost = len(np.setdiff1d(ids[1], ids[0])), len(np.setdiff1d(ids[0], ids[1]))
-    return {
-        "before": 0 if old is None else sum(part.rows for part in old.parts),
-        "now": sum(part.rows for part in now.parts),
-        "gained": gained,
-        "lost": lost,
-    }
+    older = [g for g in generations if g.number < before.get("manifest", 0)]
+    rows = sum(part.rows for part in now.parts)
+    was = sum(part.rows for part in older[-1].parts) if older else 0
+    both = _common(older[-1].part_paths, now.part_paths) if older else 0
+    return {"before": was, "now": rows, "gained": rows - both, "lost": was - both}
+
+
+def _common(one: Sequence[str], other: Sequence[str]) -> int:
+    """How many ids two manifests share: their parts are in id order, and are read one at a time."""
+    streams = [iter(one), iter(other)]
+    held = [np.empty(0, np.uint64), np.empty(0, np.uint64)]
+    found = 0
+    while True:
+        for side, stream in enumerate(streams):
+            while not len(held[side]):
+                path = next(stream, None)
+                if path is None:
+                    return found
+                (held[side],) = embedded.read_columns(path, ["image_id"])
+        end = min(held[0][-1], held[1][-1])
+        cuts = [int(np.searchsorted(ids, end, side="right")) for ids in held]
+        found += len(np.intersect1d(held[0][: cuts[0]], held[1][: cuts[1]], assume_unique=True))
+        held = [ids[cut:] for ids, cut in zip(held, cuts, strict=True)]
 
 
 def _bridged(directory: RunDirectory, before: dict[str, int]) -> list[dict[str, Any]]:
@@ -238,8 +245,8 @@ def drift(context: Context, before: int) -> list[dict[str, Any]]:
     """How new images lie in the clusters that older ones made; before: how many generations of clusters are older.
 
     Per level, leaf first: mean distance to the centroid of older and of new images (over a sample of each), the share
-    of new images that would have to move for both to be spread alike (total variation distance), and the clusters
-    whose share differs most.
+    of new images that would have to move to be spread as the older ones are (total variation distance), and the
+    clusters whose share differs most.
     """
     generations = context.run.stage("cluster").generations()
     older, newer = generations[:before], generations[before:]
