@@ -110,6 +110,8 @@ def _add(
 def _lines(found: Any) -> list[str]:
     lines = [f"{found.run}: added {', '.join(found.sources)}"]
     lines += [f"  {name.replace('_', ' ')}: {count:,}" for name, count in found.images.items()]
+    if found.re_elected:
+        lines.append("  representatives were chosen anew: from dedup on, the counts are of the whole pool")
     if found.manifest:
         was, now, gained, lost = (f"{found.manifest[key]:,}" for key in ("before", "now", "gained", "lost"))
         lines.append(f"  images of the dataset: {was} before, {now} now ({gained} new, {lost} gone)")

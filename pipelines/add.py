@@ -26,6 +26,7 @@ from pipelines.run_directory import Generation, RunDirectory
 from pipelines.sources import source_name
 
 ADDED = "added"
+BEFORE_DEDUP = ("download", "import", "score", "filter", "dedup-search")
 DRIFT_ROWS = 200_000
 """Vectors of older and of new images each, in whole parts first in hash order, that mean distances are taken over."""
 CLUSTERS_LISTED = 20
@@ -42,6 +43,8 @@ class Added:
     """Rows of the new generations by stage and what became of them."""
     manifest: dict[str, int]
     """Images of the dataset before and after, and how many of those before are in it no more."""
+    re_elected: bool = False
+    """Whether all from dedup on was made again: those counts are of the whole pool."""
     bridged: list[dict[str, Any]] = field(default_factory=list)
     """Older components that new images joined: their representatives all stay."""
     drift: list[dict[str, Any]] = field(default_factory=list)
@@ -77,9 +80,12 @@ def add(
         _record(directory, names, {"before": before})
     else:
         before = _recorded(directory, names, before)
+    if re_elect:
+        # From dedup on nothing is older: what is counted is the whole pool.
+        before = {folder: count for folder, count in before.items() if folder in BEFORE_DEDUP or folder == "manifest"}
     outcomes = driver.run(grown, rebuild="dedup" if re_elect else None, events=events)
     context = Context(run=directory, seed=config.seed, resources=config.resources, events=events or Events(None))
-    found = Added(config.run, names, outcomes, _images(directory, before), _manifest(directory, before))
+    found = Added(config.run, names, outcomes, _images(directory, before), _manifest(directory, before), re_elect)
     found.bridged = _bridged(directory, before)
     found.drift = drift(context, before.get("cluster", 0))
     told = {key: value for key, value in found.document().items() if key not in ("run", "outcomes")}
