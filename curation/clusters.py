@@ -1,33 +1,54 @@
 """k-means over blocks of vectors: equal centroids whoever computes the blocks, and on however many workers.
 
 A Lloyd step maps the blocks to counts and float64 sums and adds these in block order. Seeds are drawn by
-k-means++ (Arthur and Vassilvitskii 2007, with its greedy trials). A cluster that falls empty moves to the
-farthest member of the cluster that fits worst. FAISS finds the nearest centroid, always on one thread: with
-another number of threads the last bits of its float32 products change.
+`curation.seeding` from a sample. A cluster that falls empty moves to the farthest member of the cluster that fits
+worst. `curation.nearest` finds the nearest centroid.
 """
 
+import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
+import numba
 import numpy as np
 
+from curation import nearest as search
+from curation.nearest import Grouping, Known, widened
+from curation.nearest import nearest_centroid as nearest_centroid
+from curation.nearest import one_thread as one_thread
 from curation.order import generator
-from curation.search import require_faiss
+from curation.seeding import CELL_POINTS, cell_seeds, seeds_due, shared_out
 
-CHUNK = 8192
-"""Vectors compared at a time: bounds the float32 and float64 copies."""
-SEEDING_POINTS = 24
+SEEDING_POINTS = 64
 """Vectors per centroid that the seeding looks at."""
-ONE_BY_ONE = 64
-"""Seeds that are drawn one at a time; more at once cost rows * k * d as well, but in few large products."""
-TRIALS = 4
+ONE_CELL = 32
+"""Up to so many seeds are drawn in one chain."""
+BOUNDED = 64
+"""From so many centroids on the steps keep bounds, by groups of about GROUP centroids, at most MOST_GROUPS."""
+GROUP = 12
+MOST_GROUPS = 64
 TOLERANCE = 1e-5
 """Lloyd stops when a step lowers the objective by less than this share of it."""
 REPAIRS = 20
 """Further steps that may follow the last one while a cluster is empty."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What every block needs for one Lloyd step."""
+
+    centroids: np.ndarray
+    """(k, d) float32."""
+    grouping: Grouping | None = None
+    """Bounds are kept by these groups; beyond `nearest.FLAT` centroids only the nearest groups are searched."""
+    key: str = ""
+    """Digest of the two; what a block knows is filed under it."""
+    before: str = ""
+    """Key of the step before, "" if what is known from it does not help."""
+    moved: np.ndarray | None = None
+    """(k,) float64: how far each centroid has moved since then."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +78,16 @@ class Points(Protocol):
     @property
     def dimension(self) -> int: ...
 
-    def sums(self, centroids: np.ndarray) -> Iterable[BlockSums]:
+    def sums(self, step: Step) -> Iterable[BlockSums]:
         """`block_sums` of each block, in order."""
 
     def assign(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """`nearest_centroid` of all rows: (n,) int32, (n,) float64."""
+        """`assigned` of all rows: (n,) int32, (n,) float64."""
+
+    def seeds(
+        self, cells: Sequence[np.ndarray], counts: Sequence[int], seed: int, purpose: str
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        """`cell_seeds` of the vectors of each cell (ascending rows), as rows of these points."""
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         """(m, d) float32 of the (m,) ascending row numbers."""
@@ -69,12 +95,16 @@ class Points(Protocol):
     def subset(self, rows: np.ndarray) -> "Points":
         """The points of these ascending rows alone."""
 
+    def hold(self, vectors: np.ndarray, name: str) -> "Points":
+        """Other vectors, (m, d) float32, kept in the same way."""
+
 
 @dataclass(frozen=True)
 class ArrayPoints:
     """Points in memory. blocks: arrays (n_i, d) of float16 or float32."""
 
     blocks: tuple[np.ndarray, ...]
+    _known: dict[int, tuple[str, Known]] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def block_rows(self) -> Sequence[int]:
@@ -84,21 +114,38 @@ class ArrayPoints:
     def dimension(self) -> int:
         return int(self.blocks[0].shape[1])
 
-    def sums(self, centroids: np.ndarray) -> Iterator[BlockSums]:
-        return (block_sums(block, centroids) for block in self.blocks)
+    def sums(self, step: Step) -> Iterator[BlockSums]:
+        for number, block in enumerate(self.blocks):
+            key, known = self._known.get(number, ("", None))
+            sums, known = block_sums(block, step, known if key and key == step.before else None)
+            if known is not None:
+                self._known[number] = (step.key, known)
+            yield sums
 
     def assign(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = [nearest_centroid(block, centroids) for block in self.blocks]
+        grouping = wide_grouping(centroids)
+        found = [nearest_centroid(block, centroids, grouping) for block in self.blocks]
         return np.concatenate([labels for labels, _ in found]), np.concatenate([squares for _, squares in found])
+
+    def seeds(
+        self, cells: Sequence[np.ndarray], counts: Sequence[int], seed: int, purpose: str
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [
+            seeds_of_cell(self.take, rows, count, seed, f"{purpose}, cell {number}")
+            for number, (rows, count) in enumerate(zip(cells, counts, strict=True))
+        ]
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         parts = split_rows(rows, self.block_rows)
-        taken = [block[local].astype(np.float32) for block, local in zip(self.blocks, parts, strict=True)]
+        taken = [widened(block[local]) for block, local in zip(self.blocks, parts, strict=True)]
         return np.concatenate(taken)
 
     def subset(self, rows: np.ndarray) -> "ArrayPoints":
         parts = split_rows(rows, self.block_rows)
         return ArrayPoints(tuple(block[local] for block, local in zip(self.blocks, parts, strict=True) if len(local)))
+
+    def hold(self, vectors: np.ndarray, name: str) -> "ArrayPoints":
+        return ArrayPoints((vectors,))
 
 
 @dataclass(frozen=True)
@@ -110,23 +157,67 @@ class KMeans:
     iterations: int
 
 
+@dataclass(frozen=True)
+class Progress:
+    """Where Lloyd stands: enough to go on from here to the same bytes."""
+
+    step: int
+    centroids: np.ndarray
+    before: float
+    """The objective of the step before, infinite after a repair."""
+
+
+class Watch(Protocol):
+    """Keeps the progress of a k-means, and tells it."""
+
+    def found(self, purpose: str) -> Progress | None:
+        """What was kept last of the k-means of this purpose."""
+
+    def keep(self, purpose: str, progress: Progress) -> None: ...
+
+    def tell(self, purpose: str, step: int, objective: float, empty: int) -> None: ...
+
+
 def kmeans(
-    points: Points, count: int, *, seed: int, purpose: str, iterations: int = 50, spherical: bool = False
+    points: Points,
+    count: int,
+    *,
+    seed: int,
+    purpose: str,
+    iterations: int = 50,
+    spherical: bool = False,
+    watch: Watch | None = None,
 ) -> KMeans:
     """`count` centroids, (count, d) float32. No cluster of `points` is empty while there are distinct points for all.
 
-    purpose: keys the random choices together with `seed`. spherical: centroids are kept at unit length.
+    purpose: keys the random choices together with `seed`. spherical: centroids are kept at unit length. Every step
+    assigns exactly, up to `nearest.FLAT` centroids; beyond, see `nearest.Grouping.search`.
     """
     rows = sum(points.block_rows)
     if not 1 <= count <= rows:
         raise ValueError(f"{count} clusters of {rows} points")
-    centroids = _seeding(points, count, generator(seed, purpose))
-    before, step = math.inf, 0
+    with one_thread():
+        progress = watch.found(purpose) if watch else None
+        if progress is None:
+            progress = Progress(0, _first(points, count, seed, purpose, spherical), math.inf)
+            if watch:
+                watch.keep(purpose, progress)
+        return _lloyd(points, progress, iterations, spherical, purpose, watch)
+
+
+def _lloyd(
+    points: Points, progress: Progress, iterations: int, spherical: bool, purpose: str, watch: Watch | None = None
+) -> KMeans:
+    rows = sum(points.block_rows)
+    step, centroids, before = progress.step, progress.centroids, progress.before
+    task = _next_step(None, centroids)
     while True:
-        total = _Total(points, centroids)
+        total = _Total(points, task)
         objective = float(total.squares.sum()) / rows
         empty = np.flatnonzero(total.counts == 0)
         donors = total.donors(len(empty))
+        if watch:
+            watch.tell(purpose, step, objective, len(empty))
         settled = step >= iterations or before - objective <= TOLERANCE * objective
         if (settled and not len(donors)) or step >= iterations + REPAIRS:
             return KMeans(centroids, objective, step)
@@ -137,48 +228,92 @@ def kmeans(
             centroids = _unit(centroids)
         before = math.inf if len(donors) else objective
         step += 1
+        if watch:
+            watch.keep(purpose, Progress(step, centroids, before))
+        task = _next_step(task, centroids)
 
 
-def nearest_centroid(vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(n,) int32 nearest centroid of each vector, (n,) float64 squared Euclidean distance to it.
-
-    vectors: (n, d) float16 or float32. centroids: (k, d) float32. The choice is made in float32, the distance in
-    float64.
-    """
-    faiss = require_faiss()
-    labels = np.empty(len(vectors), np.int32)
-    squares = np.empty(len(vectors), np.float64)
-    with one_thread():
-        for start in range(0, len(vectors), CHUNK):
-            chunk = np.ascontiguousarray(vectors[start : start + CHUNK], dtype=np.float32)
-            nearest = faiss.knn(chunk, centroids, 1)[1][:, 0]
-            difference = chunk.astype(np.float64) - centroids[nearest]
-            labels[start : start + CHUNK] = nearest
-            squares[start : start + CHUNK] = np.einsum("nd,nd->n", difference, difference)
-    return labels, squares
+def _next_step(last: Step | None, centroids: np.ndarray) -> Step:
+    """The step from these centroids. Groups are made once and then kept, for as long as assignment is exact."""
+    if len(centroids) < BOUNDED:
+        return Step(centroids)
+    if len(centroids) > search.FLAT:
+        return Step(centroids, wide_grouping(centroids))
+    grouping = last.grouping if last else None
+    if grouping is None:
+        grouping = _grouped(centroids, min(MOST_GROUPS, len(centroids) // GROUP))
+    digest = hashlib.blake2b(centroids.tobytes() + grouping.members.tobytes(), digest_size=16).hexdigest()
+    if last is None:
+        return Step(centroids, grouping, digest)
+    moved = np.sqrt(search.squared_distances(centroids, last.centroids, np.arange(len(centroids))))
+    return Step(centroids, grouping, digest, last.key, moved)
 
 
-def block_sums(vectors: np.ndarray, centroids: np.ndarray) -> BlockSums:
-    """A block's part of a Lloyd step. vectors: (n, d), centroids: (k, d) float32."""
-    labels, squares = nearest_centroid(vectors, centroids)
-    order = np.lexsort((np.arange(len(labels)), squares, labels))
-    clusters, starts, counts = np.unique(labels[order], return_index=True, return_counts=True)
-    sums = np.zeros((len(clusters), centroids.shape[1]))
-    place = np.searchsorted(clusters, labels)
-    for start in range(0, len(vectors), CHUNK):
-        local = place[start : start + CHUNK]
-        by_cluster = np.argsort(local, kind="stable")
-        mine, first = np.unique(local[by_cluster], return_index=True)
-        sums[mine] += np.add.reduceat(vectors[start : start + CHUNK][by_cluster].astype(np.float64), first, axis=0)
-    farthest = order[starts + counts - 1]
-    return BlockSums(
+def wide_grouping(centroids: np.ndarray) -> Grouping | None:
+    """Groups to search many centroids by, about 2 sqrt(k); None up to `nearest.FLAT`: all are searched."""
+    return None if len(centroids) <= search.FLAT else _grouped(centroids, 2 * round(len(centroids) ** 0.5))
+
+
+def _grouped(centroids: np.ndarray, count: int) -> Grouping:
+    found = kmeans(ArrayPoints((centroids,)), count, seed=0, purpose="groups of centroids", iterations=4)
+    return Grouping.of(nearest_centroid(centroids, found.centroids)[0])
+
+
+def block_sums(vectors: np.ndarray, step: Step, known: Known | None = None) -> tuple[BlockSums, Known | None]:
+    """A block's part of a Lloyd step, and what it may know at the next. vectors: (n, d)."""
+    if len(step.centroids) > search.FLAT:
+        labels, squares = nearest_centroid(vectors, step.centroids, step.grouping)
+        rows = np.asarray(vectors)
+    else:
+        rows = widened(vectors)
+        with one_thread():
+            labels, squares, known = search.nearest(rows, step.centroids, step.grouping, known, step.moved)
+    clusters, place = np.unique(labels, return_inverse=True)
+    sums = BlockSums(
         clusters.astype(np.int64),
-        counts.astype(np.int64),
-        sums,
+        np.bincount(place, minlength=len(clusters)),
+        np.zeros((len(clusters), vectors.shape[1])),
         np.bincount(place, weights=squares, minlength=len(clusters)),
-        farthest.astype(np.int64),
-        squares[farthest],
+        np.zeros(len(clusters), np.int64),
+        np.full(len(clusters), -1.0),
     )
+    for start in range(0, len(rows), search.CHUNK):
+        part = slice(start, start + search.CHUNK)
+        _add(widened(rows[part]), place[part], squares[part], start, sums.sums, sums.farthest, sums.farthest_square)
+    return sums, known
+
+
+@numba.njit(cache=True, nogil=True)
+def _add(
+    vectors: np.ndarray,
+    place: np.ndarray,
+    squares: np.ndarray,
+    first_row: int,
+    sums: np.ndarray,
+    farthest: np.ndarray,
+    farthest_square: np.ndarray,
+) -> None:
+    for i in range(len(vectors)):
+        mine = place[i]
+        for j in range(vectors.shape[1]):
+            sums[mine, j] += np.float64(vectors[i, j])
+        if squares[i] > farthest_square[mine]:
+            farthest_square[mine] = squares[i]
+            farthest[mine] = first_row + i
+
+
+def seeds_of_cell(
+    take: Callable[[np.ndarray], np.ndarray], rows: np.ndarray, count: int, seed: int, purpose: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """`cell_seeds` of these ascending rows, at most CELL_POINTS of them, as rows; take: reads vectors of rows."""
+    random = generator(seed, purpose)
+    share = 1.0
+    if len(rows) > CELL_POINTS:
+        share = CELL_POINTS / len(rows)
+        rows = np.sort(random.choice(rows, CELL_POINTS, replace=False))
+    with one_thread():
+        seeds, gains = cell_seeds(take(rows), count, random)
+    return rows[seeds], gains / share
 
 
 def nearest_members(labels: np.ndarray, squares: np.ndarray, size: int) -> np.ndarray:
@@ -198,33 +333,18 @@ def split_rows(rows: np.ndarray, block_rows: Sequence[int]) -> list[np.ndarray]:
     return [rows[a:b] - (end - n) for a, b, end, n in zip(starts, cuts, ends, block_rows, strict=True)]
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """FAISS and the BLAS of numpy on one thread; the former numbers afterwards."""
-    from threadpoolctl import threadpool_limits
-
-    faiss = require_faiss()
-    former = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        with threadpool_limits(1, user_api="blas"):
-            yield
-    finally:
-        faiss.omp_set_num_threads(former)
-
-
 class _Total:
     """The sums of all blocks, added in block order."""
 
-    def __init__(self, points: Points, centroids: np.ndarray) -> None:
-        count = len(centroids)
+    def __init__(self, points: Points, step: Step) -> None:
+        count = len(step.centroids)
         self.counts = np.zeros(count, np.int64)
         self.squares = np.zeros(count)
         self.farthest = np.zeros(count, np.int64)
-        self._sums = np.zeros(centroids.shape)
+        self._sums = np.zeros(step.centroids.shape)
         self._farthest_square = np.zeros(count)
         first_row = 0
-        for block, rows in zip(points.sums(centroids), points.block_rows, strict=True):
+        for block, rows in zip(points.sums(step), points.block_rows, strict=True):
             mine = block.clusters
             self.counts[mine] += block.counts
             self.squares[mine] += block.squares
@@ -248,81 +368,35 @@ class _Total:
         return np.asarray(order[able][:wanted])
 
 
-def _seeding(points: Points, count: int, random: np.random.Generator) -> np.ndarray:
-    """(count, d) float32 first centroids, from a random subset of the points."""
+def _first(points: Points, count: int, seed: int, purpose: str, spherical: bool) -> np.ndarray:
+    """(count, d) float32 seeds, drawn from a sample."""
+    random = generator(seed, purpose)
+    sample = _drawn(points, max(SEEDING_POINTS * count, search.CHUNK), random)
+    cells = [np.arange(sum(sample.block_rows))]
+    due = np.array([count])
+    if count > ONE_CELL:
+        coarse = round(count**0.5)
+        few = _drawn(sample, max(SEEDING_POINTS * 4 * coarse, search.CHUNK), random)
+        found = kmeans(few, coarse, seed=seed, purpose=f"{purpose}, cells", iterations=4, spherical=spherical)
+        labels, squares = sample.assign(found.centroids)
+        members = np.bincount(labels, minlength=coarse)
+        due = seeds_due(np.bincount(labels, weights=squares, minlength=coarse), members, count)
+        cells = np.split(np.argsort(labels, kind="stable"), np.cumsum(members)[:-1])
+        cells, due = [cell for cell in cells if len(cell)], due[members > 0]
+    chosen = shared_out(sample.seeds(cells, due.tolist(), seed, purpose), count)
+    if len(chosen) < count:
+        # Only repeats of the seeds are left in the cells, or what was not looked at: any will do.
+        others = np.setdiff1d(np.arange(sum(sample.block_rows)), chosen)
+        chosen = np.r_[chosen, random.permutation(others)[: count - len(chosen)]]
+    centroids = sample.take(np.sort(chosen))
+    if spherical:
+        centroids = _unit(centroids)
+    return centroids
+
+
+def _drawn(points: Points, count: int, random: np.random.Generator) -> Points:
     rows = sum(points.block_rows)
-    looked_at = min(rows, max(SEEDING_POINTS * count, CHUNK))
-    chosen = np.arange(rows) if looked_at == rows else np.sort(random.choice(rows, looked_at, replace=False))
-    vectors = points.take(chosen)
-    with one_thread():
-        return _plus_plus(vectors, count, random)
-
-
-def _plus_plus(vectors: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """(count, d) seeds among (n, d) float32, each drawn in proportion to its squared distance to those before it.
-
-    The first ONE_BY_ONE are the best of 2 + ln k draws each. From then on a sixteenth more is chosen at once: of
-    TRIALS times as many draws those that lower the distances most, a vector counting for the draw nearest to it.
-    """
-    rows = len(vectors)
-    norms = np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64)
-    trials = 2 + int(math.log(count))
-    taken = np.zeros(rows, bool)
-    first = int(random.integers(rows))
-    chosen, taken[first] = [first], True
-    potential = _squares(vectors, norms, np.array([first]))[0]
-    while len(chosen) < count and potential[~taken].any():
-        share = np.where(taken, 0.0, potential)
-        if len(chosen) < ONE_BY_ONE:
-            candidates = _draw(share, trials, random)
-            after = np.minimum(_squares(vectors, norms, candidates), potential)
-            best = int(np.argmin(after.sum(axis=1)))
-            potential, drawn = after[best], candidates[best : best + 1]
-        else:
-            wanted = min(len(chosen) // 16, count - len(chosen))
-            candidates = _draw(share, TRIALS * wanted, random)
-            gains = np.zeros(len(candidates))
-            for part, nearest, squares in _nearest_candidates(vectors, norms, candidates):
-                np.add.at(gains, nearest, np.maximum(potential[part] - squares, 0.0))
-            drawn = np.sort(candidates[np.argsort(-gains, kind="stable")[:wanted]])
-            for part, _, squares in _nearest_candidates(vectors, norms, drawn):
-                potential[part] = np.minimum(potential[part], squares)
-        chosen += drawn.tolist()
-        taken[drawn] = True
-    # When only repeats are left, any of them will do.
-    chosen += np.flatnonzero(~taken)[: count - len(chosen)].tolist()
-    return np.asarray(vectors[np.array(chosen)])
-
-
-def _nearest_candidates(
-    vectors: np.ndarray, norms: np.ndarray, candidates: np.ndarray
-) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
-    """(rows, place of the nearest candidate, squared distance to it) of a chunk of the vectors at a time."""
-    for start in range(0, len(vectors), CHUNK):
-        part = slice(start, start + CHUNK)
-        squares = norms[candidates][None, :] - 2.0 * (vectors[part] @ vectors[candidates].T)
-        nearest = squares.argmin(axis=1)
-        yield part, nearest, _without_noise(squares[np.arange(len(nearest)), nearest] + norms[part], norms)
-
-
-def _draw(shares: np.ndarray, count: int, random: np.random.Generator) -> np.ndarray:
-    """Up to `count` distinct positions, each draw in proportion to `shares` (n,) float64."""
-    cumulative = np.cumsum(shares)
-    drawn = np.searchsorted(cumulative, random.random(count) * cumulative[-1], side="right")
-    drawn = np.unique(np.minimum(drawn, len(shares) - 1))
-    drawn = drawn[shares[drawn] > 0]
-    return drawn if len(drawn) else np.array([int(np.argmax(shares))])
-
-
-def _squares(vectors: np.ndarray, norms: np.ndarray, candidates: np.ndarray) -> np.ndarray:
-    """(m, n) float64 squared distances of all vectors to the candidates among them, never below 0."""
-    products = vectors[candidates] @ vectors.T
-    return _without_noise(norms[candidates][:, None] + norms[None, :] - 2.0 * products, norms)
-
-
-def _without_noise(squares: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    """Squared distances below the rounding of a float32 product are those of repeats: 0."""
-    return np.where(squares < 1e-6 * norms.max(), 0.0, squares)
+    return points if count >= rows else points.subset(np.sort(random.choice(rows, count, replace=False)))
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation import storage
-from curation.clusters import ArrayPoints, KMeans, Points, kmeans, nearest_members
+from curation.clusters import ArrayPoints, KMeans, Points, Watch, kmeans, nearest_members
 from curation.errors import UserError
 from curation.schemas import centroids_schema, clusters_schema
 from curation.vectors import MODEL_KEY
@@ -74,10 +74,12 @@ def build(
     spherical: bool = False,
     resample_steps: Sequence[int] = (),
     resample_size: Sequence[int] = (),
+    watch: Watch | None = None,
 ) -> tuple[Hierarchy, list[LevelReport]]:
     """Cluster `points` into levels[0] leaves, their centroids into levels[1], and so on.
 
-    resample_steps, resample_size: per level, leaf first; default `default_steps` and `default_size`.
+    resample_steps, resample_size: per level, leaf first; default `default_steps` and `default_size`. watch: keeps and
+    tells the progress of levels that are not held in memory.
     """
     steps = list(resample_steps) or default_steps(len(levels))
     centroids: list[np.ndarray] = []
@@ -87,14 +89,17 @@ def build(
     for level, count in enumerate(levels):
         rows = sum(below.block_rows)
         size = resample_size[level] if resample_size else default_size(rows, count)
-        found, resampled = _level(below, count, steps[level], size, seed, f"cluster {level + 1}", iterations, spherical)
+        purpose = f"cluster {level + 1}"
+        found, resampled = _level(below, count, steps[level], size, seed, purpose, iterations, spherical, watch)
         labels, squares = below.assign(found.centroids) if level or resampled else (np.empty(0, np.int32), np.empty(0))
         if level:
             parents.append(labels)
         objective = float(squares.sum()) / rows if len(squares) else found.objective
         reports.append(LevelReport(count, rows, objective, found.iterations, resampled))
         centroids.append(found.centroids)
-        below = ArrayPoints((found.centroids,))
+        below = points.hold(found.centroids, f"level-{level + 1}")
+        if isinstance(below, ArrayPoints):
+            watch = None  # Few enough to do again.
     return Hierarchy(tuple(centroids), tuple(parents)), reports
 
 
@@ -109,9 +114,17 @@ def default_size(points: int, clusters: int) -> int:
 
 
 def _level(
-    points: Points, count: int, steps: int, size: int, seed: int, purpose: str, iterations: int, spherical: bool
+    points: Points,
+    count: int,
+    steps: int,
+    size: int,
+    seed: int,
+    purpose: str,
+    iterations: int,
+    spherical: bool,
+    watch: Watch | None,
 ) -> tuple[KMeans, int]:
-    found = kmeans(points, count, seed=seed, purpose=purpose, iterations=iterations, spherical=spherical)
+    found = kmeans(points, count, seed=seed, purpose=purpose, iterations=iterations, spherical=spherical, watch=watch)
     done = 0
     for step in range(1, steps + 1):
         rows = nearest_members(*points.assign(found.centroids), size)
@@ -124,6 +137,7 @@ def _level(
             purpose=f"{purpose}, resampling {step}",
             iterations=iterations,
             spherical=spherical,
+            watch=watch,
         )
         done = step
     return found, done

@@ -1,9 +1,11 @@
 """Cluster: k-means, flat or hierarchical, of the kept pool images; every image gets its path through the levels.
 
-The centroids are trained on a seeded sample, then every partition is assigned to them. A later generation
-assigns its rows to the stored centroids: clusters never change under what was built on them.
+The centroids are trained on a seeded sample, a Lloyd step being one Ray task per block of it, then every partition is
+assigned to them. Every step is kept, so that a stage that was killed goes on from there. A later generation assigns
+its rows to the stored centroids: clusters never change under what was built on them.
 """
 
+import hashlib
 import io
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,9 +16,20 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from curation import hierarchy, order, storage, vectors
-from curation.clusters import BlockSums, block_sums, nearest_centroid, split_rows
+from curation.clusters import (
+    ArrayPoints,
+    BlockSums,
+    Points,
+    Progress,
+    Step,
+    block_sums,
+    seeds_of_cell,
+    split_rows,
+    wide_grouping,
+)
 from curation.errors import UserError
 from curation.hierarchy import Hierarchy
+from curation.nearest import CHUNK, FLAT, Grouping, Known, nearest_centroid, widened
 from curation.vectors import MODEL_KEY, VectorSet
 from pipelines import embedded
 from pipelines.context import Context, Outcome, StageConfig
@@ -24,10 +37,10 @@ from pipelines.embedded import SCRATCH, EmbeddingPart
 from pipelines.run_directory import Generation, PartRecord, PartWriter
 
 NAME = "cluster"
-REVISION = 1
-LIBRARIES = ("faiss-cpu", "numpy")
+REVISION = 2
+LIBRARIES = ("numba", "numpy")
 BLOCK_ROWS = 65_536
-"""Training vectors per block, about: a block is one task of a Lloyd step."""
+"""Training vectors per block, about, and at least twice the clusters: a block is one task of a Lloyd step."""
 
 
 class ClusterConfig(StageConfig):
@@ -74,6 +87,7 @@ def execute(context: Context, config: ClusterConfig, *, embeddings: str | None =
     if embeddings is not None:
         opened, parts = embedded.folder_parts(embeddings)
         _refuse_too_few(opened.rows, config, embeddings)
+        _refuse_too_large(context, config, opened.dimension)
         ids = opened.all_ids()
         vectors.refuse_repeated_ids(ids, embeddings)
         extra = {"embeddings": embedded.files_digest(part.path for part in parts)}
@@ -105,6 +119,30 @@ def _refuse_too_few(rows: int, config: ClusterConfig, where: str) -> None:
         )
 
 
+def _refuse_too_large(context: Context, config: ClusterConfig, dimension: int) -> None:
+    need, given = task_bytes(config.levels[0], dimension), context.resources.memory_bytes
+    if need > given:
+        raise UserError(
+            f"cluster.levels: {config.levels[0]:,} clusters of {dimension:,} dimensions take {need / 2**30:.1f} GiB in "
+            f"every worker, and resources.memory_per_worker is {context.resources.memory_per_worker}: "
+            "raise it, or ask for fewer leaf clusters"
+        )
+
+
+def task_bytes(clusters: int, dimension: int) -> int:
+    """Memory that one task of a Lloyd step takes: centroids twice, the float64 sums, a block and its products."""
+    block = _block_rows(clusters)
+    centroids = 8 * clusters * dimension
+    sums = 8 * min(clusters, block) * dimension
+    vectors = 4 * dimension * (block if clusters <= FLAT else CHUNK) + 1024 * block
+    products = 8 * CHUNK * (clusters if clusters <= FLAT else 4 * int(clusters**0.5))
+    return centroids + sums + vectors + products + (200 << 20)
+
+
+def _block_rows(clusters: int) -> int:
+    return max(BLOCK_ROWS, 2 * clusters)
+
+
 def _cluster(context: Context, config: ClusterConfig, generation: Generation, parts: list[EmbeddingPart]) -> Outcome:
     earlier = [g for g in context.stage(NAME).generations() if g.number < generation.number]
     summary: dict[str, Any] = {}
@@ -112,11 +150,12 @@ def _cluster(context: Context, config: ClusterConfig, generation: Generation, pa
         built, sizes, model = hierarchy.read_hierarchy(earlier[-1].directory)
     else:
         opened = embedded.open_parts(parts)
+        _refuse_too_large(context, config, opened.dimension)
         built, summary = _trained(context, config, generation, opened)
         sizes, model = [np.zeros(count, np.int64) for count in built.levels], opened.model
     metadata = {MODEL_KEY.decode(): model} if model else {}
     tasks = [(part.name, part) for part in parts]
-    context.map_parts(generation, tasks, _assign_part, shared=(built, metadata))
+    context.map_parts(generation, tasks, _assign_part, shared=(built, wide_grouping(built.centroids[0]), metadata))
     counted = embedded.leaf_sizes(context, generation.part_paths, built.levels[0])
     sizes = [old + new for old, new in zip(sizes, built.sizes(counted), strict=True)]
     for level in range(len(built.levels)):
@@ -137,11 +176,11 @@ def _cluster(context: Context, config: ClusterConfig, generation: Generation, pa
 
 
 def _assign_part(
-    writer: PartWriter, name: str, part: EmbeddingPart, shared: tuple[Hierarchy, dict[str, str]]
+    writer: PartWriter, name: str, part: EmbeddingPart, shared: tuple[Hierarchy, Grouping | None, dict[str, str]]
 ) -> PartRecord:
-    built, metadata = shared
+    built, grouping, metadata = shared
     ids, rows = vectors.read_vectors(part.path, built.dimension)
-    labels, squares = nearest_centroid(rows, built.centroids[0])
+    labels, squares = nearest_centroid(rows, built.centroids[0], grouping)
     table = hierarchy.clusters_table(ids, built, labels, squares)
     return writer.write(name, table, counts={"squares": float(squares.sum())}, metadata=metadata)
 
@@ -177,6 +216,7 @@ def _trained(
         spherical=config.spherical,
         resample_steps=config.resample_steps,
         resample_size=config.resample_size,
+        watch=ScratchWatch(context, generation.file(SCRATCH), digest),
     )
     summary = {
         "sample": sum(points.block_rows),
@@ -209,7 +249,7 @@ def _sample(context: Context, config: ClusterConfig, generation: Generation, ope
     groups: list[list[str]] = [[]]
     expected = 0.0
     for partition in partitions:
-        if groups[-1] and expected + partition.rows * share > BLOCK_ROWS:
+        if groups[-1] and expected + partition.rows * share > _block_rows(config.levels[0]):
             groups.append([])
             expected = 0.0
         groups[-1].append(partition.path)
@@ -220,8 +260,9 @@ def _sample(context: Context, config: ClusterConfig, generation: Generation, ope
         for name, paths in zip(names, groups, strict=True)
     )
     rows = dict(context.spread(_write_sample, calls))
-    blocks = tuple(ScratchBlock(name, rows[name], None) for name in names if rows[name])
-    return ScratchPoints(context, opened.dimension, blocks)
+    blocks = tuple(ScratchBlock(name, rows[name], None, f"{name}.known") for name in names if rows[name])
+    need = task_bytes(config.levels[0], opened.dimension)
+    return ScratchPoints(context, opened.dimension, blocks, generation.file(SCRATCH), need)
 
 
 def _low_keys(path: str, seed: int, bound: int, _: None) -> np.ndarray:
@@ -231,6 +272,8 @@ def _low_keys(path: str, seed: int, bound: int, _: None) -> np.ndarray:
 
 
 def _write_sample(name: str, paths: Sequence[str], dimension: int, seed: int, cut: int, _: None) -> int:
+    if storage.exists(name):
+        return len(_load(name))
     chosen = []
     for path in paths:
         ids, rows = vectors.read_vectors(path, dimension)
@@ -242,70 +285,153 @@ def _write_sample(name: str, paths: Sequence[str], dimension: int, seed: int, cu
 
 
 @dataclass(frozen=True)
+class ScratchWatch:
+    """`curation.clusters.Watch`: the last step of every k-means in the scratch folder, its objective in the events."""
+
+    context: Context
+    folder: str
+    digest: str
+
+    def found(self, purpose: str) -> Progress | None:
+        path = self._path(purpose)
+        if not storage.exists(path):
+            return None
+        with np.load(io.BytesIO(storage.read_bytes(path))) as kept:
+            return Progress(int(kept["step"]), kept["centroids"], float(kept["before"]))
+
+    def keep(self, purpose: str, progress: Progress) -> None:
+        data = io.BytesIO()
+        np.savez(data, step=progress.step, centroids=progress.centroids, before=progress.before)
+        storage.write_whole(self._path(purpose), data.getvalue())
+
+    def tell(self, purpose: str, step: int, objective: float, empty: int) -> None:
+        moved = f", {empty:,} empty clusters" if empty else ""
+        text = f"{purpose}: step {step}, mean squared distance {objective:.6f}{moved}"
+        self.context.events.emit("message", NAME, text=text, purpose=purpose, step=step, objective=objective)
+
+    def _path(self, purpose: str) -> str:
+        word = hashlib.blake2b(f"{self.digest}:{purpose}".encode(), digest_size=8).hexdigest()
+        return f"{self.folder}/progress-{word}.npz"
+
+
+@dataclass(frozen=True)
 class ScratchBlock:
-    """A raw file of vectors. chosen: the rows that count, None for all."""
+    """A raw file of vectors. chosen: the rows that count, None for all. known: the file a step leaves for the next."""
 
     path: str
     rows: int
     chosen: np.ndarray | None
+    known: str
 
-    def read(self) -> np.ndarray:
-        array: np.ndarray
-        if storage.is_local(self.path):
-            array = np.load(storage.filesystem(self.path)[1], mmap_mode="r")
-        else:
-            array = np.load(io.BytesIO(storage.read_bytes(self.path)))
-        return array if self.chosen is None else array[self.chosen]
+    def read(self, rows: np.ndarray | None = None) -> np.ndarray:
+        """All that count, or those of these rows."""
+        array = _load(self.path)
+        if self.chosen is not None:
+            rows = self.chosen if rows is None else self.chosen[rows]
+        return array if rows is None else array[rows]
+
+
+def _load(path: str) -> np.ndarray:
+    if storage.is_local(path):
+        return np.asarray(np.load(storage.filesystem(path)[1], mmap_mode="r"))
+    return np.asarray(np.load(io.BytesIO(storage.read_bytes(path))))
 
 
 @dataclass(frozen=True)
 class ScratchPoints:
-    """`curation.clusters.Points` on disk: one Ray task per block and step."""
+    """`curation.clusters.Points` on disk: one Ray task per block and step, and per cell of the seeding."""
 
     context: Context
     dimension: int
     blocks: tuple[ScratchBlock, ...]
+    folder: str
+    task_memory: int
 
     @property
     def block_rows(self) -> Sequence[int]:
         return [block.rows for block in self.blocks]
 
-    def sums(self, centroids: np.ndarray) -> Iterator[BlockSums]:
-        return self._in_order(_sum_block, centroids)
+    def sums(self, step: Step) -> Iterator[BlockSums]:
+        return self._in_order(_sum_block, ((block,) for block in self.blocks), step)
 
     def assign(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = list(self._in_order(_assign_block, centroids))
+        shared = (centroids, wide_grouping(centroids))
+        found = list(self._in_order(_assign_block, ((block,) for block in self.blocks), shared))
         return np.concatenate([labels for labels, _ in found]), np.concatenate([squares for _, squares in found])
 
+    def seeds(
+        self, cells: Sequence[np.ndarray], counts: Sequence[int], seed: int, purpose: str
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
+        numbered = enumerate(zip(cells, counts, strict=True))
+        calls = ((rows, count, seed, f"{purpose}, cell {number}") for number, (rows, count) in numbered)
+        return list(self._in_order(_seed_cell, calls, self.blocks))
+
     def take(self, rows: np.ndarray) -> np.ndarray:
-        parts = split_rows(rows, self.block_rows)
-        taken = [b.read()[local].astype(np.float32) for b, local in zip(self.blocks, parts, strict=True) if len(local)]
-        return np.concatenate(taken)
+        return _take(self.blocks, rows)
 
     def subset(self, rows: np.ndarray) -> "ScratchPoints":
         parts = split_rows(rows, self.block_rows)
-        blocks = [
-            replace(block, rows=len(local), chosen=local if block.chosen is None else block.chosen[local])
+        blocks = tuple(
+            ScratchBlock(
+                block.path,
+                len(local),
+                local if block.chosen is None else block.chosen[local],
+                f"{block.known}-{hashlib.blake2b(local.tobytes(), digest_size=8).hexdigest()}",
+            )
             for block, local in zip(self.blocks, parts, strict=True)
             if len(local)
-        ]
+        )
+        return replace(self, blocks=blocks)
+
+    def hold(self, vectors: np.ndarray, name: str) -> Points:
+        """In memory as long as they are few."""
+        if len(vectors) <= BLOCK_ROWS:
+            return ArrayPoints((vectors,))
+        blocks = []
+        for index, start in enumerate(range(0, len(vectors), BLOCK_ROWS)):
+            path = f"{self.folder}/{name}-{index:06d}.npy"
+            data = io.BytesIO()
+            np.save(data, vectors[start : start + BLOCK_ROWS])
+            storage.write_whole(path, data.getvalue())
+            blocks.append(ScratchBlock(path, len(vectors[start : start + BLOCK_ROWS]), None, f"{path}.known"))
         return replace(self, blocks=tuple(blocks))
 
-    def _in_order(self, function: Any, centroids: np.ndarray) -> Iterator[Any]:
-        """Results in block order, whatever order they arrive in."""
-        calls: Iterable[tuple[str, tuple[Any, ...]]] = ((str(i), (block,)) for i, block in enumerate(self.blocks))
+    def _in_order(self, function: Any, calls: Iterable[tuple[Any, ...]], shared: Any) -> Iterator[Any]:
+        """Results in the order of the calls, whatever order they arrive in."""
+        named = ((str(number), arguments) for number, arguments in enumerate(calls))
         waiting: dict[int, Any] = {}
         following = 0
-        for name, result in self.context.spread(function, calls, shared=centroids):
+        for name, result in self.context.spread(function, named, shared=shared, memory_bytes=self.task_memory):
             waiting[int(name)] = result
             while following in waiting:
                 yield waiting.pop(following)
                 following += 1
 
 
-def _sum_block(block: ScratchBlock, centroids: np.ndarray) -> BlockSums:
-    return block_sums(block.read(), centroids)
+def _take(blocks: Sequence[ScratchBlock], rows: np.ndarray) -> np.ndarray:
+    parts = split_rows(rows, [block.rows for block in blocks])
+    return np.concatenate([widened(b.read(local)) for b, local in zip(blocks, parts, strict=True) if len(local)])
 
 
-def _assign_block(block: ScratchBlock, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return nearest_centroid(block.read(), centroids)
+def _sum_block(block: ScratchBlock, step: Step) -> BlockSums:
+    known: Known | None = None
+    if step.before and storage.exists(block.known):
+        with np.load(io.BytesIO(storage.read_bytes(block.known))) as kept:
+            if str(kept["key"]) == step.before:
+                known = Known(kept["labels"], kept["norms"], kept["lower"])
+    sums, known = block_sums(block.read(), step, known)
+    if known is not None:
+        data = io.BytesIO()
+        np.savez(data, key=np.array(step.key), labels=known.labels, norms=known.norms, lower=known.lower)
+        storage.write_whole(block.known, data.getvalue())
+    return sums
+
+
+def _assign_block(block: ScratchBlock, shared: tuple[np.ndarray, Grouping | None]) -> tuple[np.ndarray, np.ndarray]:
+    return nearest_centroid(block.read(), *shared)
+
+
+def _seed_cell(
+    rows: np.ndarray, count: int, seed: int, purpose: str, blocks: tuple[ScratchBlock, ...]
+) -> tuple[np.ndarray, np.ndarray]:
+    return seeds_of_cell(lambda wanted: _take(blocks, wanted), rows, count, seed, purpose)

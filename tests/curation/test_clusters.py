@@ -8,13 +8,13 @@ from hypothesis import strategies as st
 from curation import hierarchy
 from curation.clusters import (
     ArrayPoints,
+    Step,
     block_sums,
     kmeans,
     nearest_centroid,
     nearest_members,
     split_rows,
 )
-from curation.search import require_faiss
 
 
 def blobs(rows: int, concepts: int, dimension: int = 16, noise: float = 0.3, seed: int = 0) -> np.ndarray:
@@ -55,7 +55,7 @@ def test_nearest_centroid_is_that_of_float64() -> None:
 
 def test_block_sums_are_those_of_a_loop() -> None:
     vectors, centroids = blobs(200, 9), blobs(12, 9, seed=1).astype(np.float32)
-    found = block_sums(vectors, centroids)
+    found, _ = block_sums(vectors, Step(centroids))
     labels, squares = nearest_centroid(vectors, centroids)
     for place, cluster in enumerate(found.clusters):
         members = np.flatnonzero(labels == cluster)
@@ -67,17 +67,13 @@ def test_block_sums_are_those_of_a_loop() -> None:
 
 
 def test_equal_bytes_whatever_the_number_of_threads() -> None:
-    faiss = require_faiss()
+    from threadpoolctl import threadpool_limits
+
     points = ArrayPoints((blobs(900, 30),))
-    before = faiss.omp_get_max_threads()
-    try:
-        results = []
-        for threads in (1, 2):
-            faiss.omp_set_num_threads(threads)
+    results = []
+    for threads in (1, 2):
+        with threadpool_limits(threads, user_api="blas"):
             results.append(kmeans(points, 30, seed=0, purpose="test").centroids.tobytes())
-            assert faiss.omp_get_max_threads() == threads
-    finally:
-        faiss.omp_set_num_threads(before)
     assert results[0] == results[1]
 
 

@@ -1,0 +1,333 @@
+"""The nearest centroid of every vector, exact by definition: the least float64 squared distance, ties to the first.
+
+float32 products nominate, with a bound on their rounding; what they leave open the definition decides. So labels do
+not depend on the BLAS, on how rows are cut, or on what was known before. Between Lloyd steps `Known` keeps what saves
+most of the products (Ding et al., Yinyang k-means, ICML 2015): a lower bound of the distance to each group of
+centroids, less what the group has moved since. Groups whose bound is above the distance to the old centroid are
+passed over; nothing else about the result changes.
+
+Beyond FLAT centroids comparing all is too much, and the search goes through the groups: the VISITS groups whose means
+are nearest are searched exactly, others not at all. That one is not exact: see `Grouping.search`.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numba
+import numpy as np
+
+CHUNK = 4096
+"""Vectors compared at a time without bounds."""
+TILE = 256
+"""Vectors compared at a time with bounds; those of one tile share the groups looked at."""
+FLAT = 16_384
+"""Up to so many centroids the nearest is searched among all of them."""
+VISITS = 8
+"""Groups of centroids searched for each vector when there are more than FLAT."""
+UNIT_ROUNDOFF = 2.0**-24
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """Centroids ordered so that those of a group lie together."""
+
+    members: np.ndarray
+    """(k,) int64 numbers of centroids, group by group, ascending in each."""
+    starts: np.ndarray
+    """(t + 1,) int64: group g is members[starts[g] : starts[g + 1]]; none is empty."""
+
+    @classmethod
+    def of(cls, groups: np.ndarray) -> "Grouping":
+        """groups: (k,) any integers, the group of each centroid."""
+        members = np.argsort(groups, kind="stable")
+        ordered = groups[members]
+        return cls(members, np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1], True]))
+
+    def means(self, centroids: np.ndarray) -> np.ndarray:
+        """(t, d) float32."""
+        sums = np.add.reduceat(centroids[self.members].astype(np.float64), self.starts[:-1], axis=0)
+        return np.asarray(sums / np.diff(self.starts)[:, None], np.float32)
+
+    def columns(self, groups: np.ndarray) -> tuple[slice | np.ndarray, np.ndarray]:
+        """Where the members of some groups (ascending) lie, and the (len + 1,) starts of these groups among them."""
+        if len(groups) == len(self.starts) - 1:
+            return slice(None), self.starts
+        lengths = np.diff(self.starts)[groups]
+        cuts = np.r_[0, np.cumsum(lengths)]
+        return np.repeat(self.starts[groups] - cuts[:-1], lengths) + np.arange(cuts[-1]), cuts
+
+    def search(self, vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """As `nearest`, but only in the VISITS groups whose means are nearest: what lies elsewhere is missed.
+
+        vectors: (n, d) float32. The best of each group is chosen by float32 products, among these the definition
+        decides.
+        """
+        visits = min(VISITS, len(self.starts) - 1)
+        grouped = centroids[self.members]
+        halves = _half_norms(grouped)
+        means = self.means(centroids)
+        scores = _half_norms(means)[None, :] - vectors @ means.T
+        visited = np.argpartition(scores, visits - 1, axis=1)[:, :visits].astype(np.int64)
+        best = np.empty(visited.shape, np.int64)
+        order = np.argsort(visited.ravel(), kind="stable")
+        cuts = np.searchsorted(visited.ravel()[order], np.arange(len(self.starts)))
+        for group in np.flatnonzero(np.diff(cuts)):
+            here = slice(self.starts[group], self.starts[group + 1])
+            for start in range(cuts[group], cuts[group + 1], CHUNK):
+                places = order[start : min(start + CHUNK, cuts[group + 1])]
+                found = (halves[here][None, :] - vectors[places // visits] @ grouped[here].T).argmin(axis=1)
+                best.ravel()[places] = self.members[here][found]
+        best.sort(axis=1)
+        squares = np.stack([squared_distances(vectors, centroids, best[:, v]) for v in range(visits)], axis=1)
+        chosen = squares.argmin(axis=1)[:, None]
+        return np.take_along_axis(best, chosen, 1)[:, 0].astype(np.int32), np.take_along_axis(squares, chosen, 1)[:, 0]
+
+
+@dataclass
+class Known:
+    """What a step of Lloyd leaves for the next one, for one block. Only saves time."""
+
+    labels: np.ndarray
+    """(n,) int32."""
+    norms: np.ndarray
+    """(n,) float64 squared lengths of the vectors."""
+    lower: np.ndarray
+    """(n, t) float32: no centroid of the group but the vector's own is nearer."""
+
+
+def nearest_centroid(
+    vectors: np.ndarray, centroids: np.ndarray, grouping: Grouping | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) int32 nearest centroid of each vector, (n,) float64 squared Euclidean distance to it.
+
+    vectors: (n, d) float16 or float32. centroids: (k, d) float32. grouping: search in its nearest groups only.
+    """
+    labels = np.empty(len(vectors), np.int32)
+    squares = np.empty(len(vectors), np.float64)
+    with one_thread():
+        for start in range(0, len(vectors), CHUNK):
+            part = slice(start, start + CHUNK)
+            chunk = widened(vectors[part])
+            if grouping is None:
+                labels[part], squares[part], _ = nearest(chunk, centroids)
+            else:
+                labels[part], squares[part] = grouping.search(chunk, centroids)
+    return labels, squares
+
+
+def nearest(
+    vectors: np.ndarray,
+    centroids: np.ndarray,
+    grouping: Grouping | None = None,
+    known: Known | None = None,
+    moved: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray, Known | None]:
+    """(labels, squared distances) as `nearest_centroid`, exact; with a grouping also what the next step may know.
+
+    vectors: (n, d) float32. known: of the step before, with the same grouping. moved: (k,) float64, how far each
+    centroid has moved since.
+    """
+    # Without bounds to keep, short stretches of centroids only spare `_least` a second look at all of them.
+    groups = grouping or Grouping(np.arange(len(centroids)), np.r_[0 : len(centroids) : 32, len(centroids)])
+    grouped = np.ascontiguousarray(centroids[groups.members])
+    halves = _half_norms(grouped)
+    norms = known.norms if known else squared_norms(vectors)
+    slack = _slack(vectors.shape[1], norms, halves)
+    labels = np.empty(len(vectors), np.int32)
+    lower = np.empty((len(vectors), len(groups.starts) - 1), np.float32) if grouping else None
+    for rows, looked_at in _tiles(vectors, centroids, groups, known, moved, lower):
+        columns, cuts = groups.columns(looked_at)
+        part = vectors[rows]
+        products = part @ grouped[columns].T
+        own = halves[columns]
+        least, best, second, minima = _least(products, own, cuts)
+        numbers = groups.members[columns]
+        labels[rows] = numbers[best]
+        unsure = np.flatnonzero(second <= least + 2 * slack)
+        if len(unsure):
+            pairs = (own[None, :] - products[unsure]) <= (least[unsure] + 2 * slack)[:, None]
+            labels[rows[unsure]] = _decided(part[unsure], centroids, pairs, numbers)
+            minima[unsure, np.searchsorted(cuts, best[unsure], side="right") - 1] = least[unsure]
+        if lower is not None:
+            squares = norms[rows][:, None] + 2.0 * (minima.astype(np.float64) - slack)
+            found = np.sqrt(np.maximum(squares, 0.0)) * (1 - 1e-6)
+            lower[rows[:, None], looked_at[None, :]] = found
+    squares = squared_distances(vectors, centroids, labels)
+    return labels, squares, None if lower is None else Known(labels, norms, lower)
+
+
+def _tiles(
+    vectors: np.ndarray,
+    centroids: np.ndarray,
+    groups: Grouping,
+    known: Known | None,
+    moved: np.ndarray | None,
+    lower: np.ndarray | None,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(rows, groups in which their nearest may lie); the bounds of the other groups are carried over to `lower`."""
+    count = len(vectors)
+    every = np.arange(len(groups.starts) - 1)
+    if known is None or moved is None or lower is None:
+        yield from ((np.arange(start, min(start + CHUNK, count)), every) for start in range(0, count, CHUNK))
+        return
+    upper = (np.sqrt(squared_distances(vectors, centroids, known.labels)) * (1 + 1e-9))[:, None]
+    farthest = np.maximum.reduceat(moved[groups.members], groups.starts[:-1])
+    np.subtract(known.lower, (farthest * (1 + 1e-6) + 1e-6).astype(np.float32)[None, :], out=lower)
+    place = np.empty(len(groups.members), np.int64)
+    place[groups.members] = np.arange(len(place))
+    group = np.searchsorted(groups.starts, place, side="right") - 1
+    open_ = lower <= upper
+    open_[np.arange(count), group[known.labels]] = True
+    order = np.argsort(place[known.labels], kind="stable")
+    for start in range(0, count, TILE):
+        rows = order[start : start + TILE]
+        yield rows, np.flatnonzero(open_[rows].any(axis=0))
+
+
+def _decided(vectors: np.ndarray, centroids: np.ndarray, pairs: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """(m,) int32: the nearest of the centroids that `pairs` (m, c) bool leaves open, by definition.
+
+    numbers: (c,) the centroid of each column.
+    """
+    if pairs.sum() > 16 * len(pairs):
+        # Equal centroids tie for every vector: only the first of them can win.
+        _, first = np.unique(centroids, axis=0, return_index=True)
+        pairs = pairs & np.isin(numbers, first)[None, :]
+    rows, columns = np.nonzero(pairs)
+    squares = np.empty(len(rows))
+    for start in range(0, len(rows), CHUNK):
+        part = slice(start, start + CHUNK)
+        squares[part] = squared_distances(vectors[rows[part]], centroids, numbers[columns[part]])
+    order = np.lexsort((numbers[columns], squares, rows))
+    _, first = np.unique(rows[order], return_index=True)
+    return np.asarray(numbers[columns[order[first]]], np.int32)
+
+
+def _slack(dimension: int, norms: np.ndarray, halves: np.ndarray) -> float:
+    """How far half a squared distance, less half the vector's own norm, may be off in float32."""
+    longest = float(np.sqrt(2.0 * halves.max(initial=0.0)))
+    return (dimension + 8) * UNIT_ROUNDOFF * longest * (float(np.sqrt(norms.max(initial=0.0))) + longest)
+
+
+def _half_norms(vectors: np.ndarray) -> np.ndarray:
+    """(n,) float32 halves of the squared lengths."""
+    return np.asarray(squared_norms(vectors) / 2.0, np.float32)
+
+
+def widened(vectors: np.ndarray) -> np.ndarray:
+    """(n, d) float32 of (n, d) float16 or float32, finite; numpy takes three times as long."""
+    if vectors.dtype != np.float16:
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+    found = np.empty(vectors.shape, np.float32)
+    _widen(np.ascontiguousarray(vectors).view(np.uint16).reshape(-1), found.view(np.uint32).reshape(-1))
+    found *= np.float32(2.0**112)
+    return found
+
+
+def squared_norms(vectors: np.ndarray) -> np.ndarray:
+    """(n,) float64."""
+    return np.asarray(
+        squared_distances(vectors, np.zeros((1, vectors.shape[1]), np.float32), np.zeros(len(vectors), int))
+    )
+
+
+def squared_distances(vectors: np.ndarray, centroids: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """(n,) float64 between each vector (n, d) float32 and centroid labels[n] of (k, d) float32: the definition."""
+    squares = np.empty(len(vectors))
+    _squares(vectors, centroids, labels, squares)
+    return squares
+
+
+@numba.njit(cache=True, nogil=True)
+def _widen(halves: np.ndarray, found: np.ndarray) -> None:
+    for i in range(len(halves)):
+        bits = np.uint32(halves[i])
+        found[i] = ((bits & np.uint32(0x7FFF)) << np.uint32(13)) | ((bits & np.uint32(0x8000)) << np.uint32(16))
+
+
+@numba.njit(cache=True, nogil=True)
+def _squares(vectors: np.ndarray, centroids: np.ndarray, labels: np.ndarray, squares: np.ndarray) -> None:
+    # Eight sums in a fixed order: processors with registers of any width get the same bits.
+    dimension = vectors.shape[1]
+    whole = dimension - dimension % 8
+    for i in range(len(vectors)):
+        x, c = vectors[i], centroids[labels[i]]
+        a = b = d = e = f = g = h = k = 0.0
+        for j in range(0, whole, 8):
+            a += (np.float64(x[j]) - np.float64(c[j])) ** 2
+            b += (np.float64(x[j + 1]) - np.float64(c[j + 1])) ** 2
+            d += (np.float64(x[j + 2]) - np.float64(c[j + 2])) ** 2
+            e += (np.float64(x[j + 3]) - np.float64(c[j + 3])) ** 2
+            f += (np.float64(x[j + 4]) - np.float64(c[j + 4])) ** 2
+            g += (np.float64(x[j + 5]) - np.float64(c[j + 5])) ** 2
+            h += (np.float64(x[j + 6]) - np.float64(c[j + 6])) ** 2
+            k += (np.float64(x[j + 7]) - np.float64(c[j + 7])) ** 2
+        for j in range(whole, dimension):
+            a += (np.float64(x[j]) - np.float64(c[j])) ** 2
+        squares[i] = ((a + b) + (d + e)) + ((f + g) + (h + k))
+
+
+@numba.njit(cache=True, nogil=True, fastmath={"nnan", "nsz"})
+def _least(
+    products: np.ndarray, halves: np.ndarray, starts: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of halves - products, per row: the least, its column, the least but one, and the least of every group without it.
+
+    A minimum is the same in any order, so nothing here depends on how the compiler vectorises.
+    """
+    rows, groups = len(products), len(starts) - 1
+    infinite = np.float32(np.inf)
+    least = np.empty(rows, np.float32)
+    second = np.empty(rows, np.float32)
+    best = np.empty(rows, np.int64)
+    minima = np.empty((rows, groups), np.float32)
+    for i in range(rows):
+        row = products[i]
+        chosen = 0
+        for g in range(groups):
+            low = infinite
+            for j in range(starts[g], starts[g + 1]):
+                score = halves[j] - row[j]
+                low = min(low, score)
+            minima[i, g] = low
+            if low < minima[i, chosen]:
+                chosen = g
+        least[i] = minima[i, chosen]
+        column = starts[chosen]
+        while halves[column] - row[column] != least[i]:
+            column += 1
+        best[i] = column
+        low = infinite
+        for j in range(starts[chosen], column):
+            score = halves[j] - row[j]
+            low = min(low, score)
+        for j in range(column + 1, starts[chosen + 1]):
+            score = halves[j] - row[j]
+            low = min(low, score)
+        minima[i, chosen] = low
+        low = infinite
+        for g in range(groups):
+            low = min(low, minima[i, g])
+        second[i] = low
+    return least, best, second, minima
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """BLAS and OpenMP (so FAISS) on one thread; the former numbers afterwards. Free inside of itself."""
+    if getattr(_limited, "already", False):
+        yield
+        return
+    from threadpoolctl import threadpool_limits
+
+    _limited.already = True
+    try:
+        with threadpool_limits(1):
+            yield
+    finally:
+        _limited.already = False
+
+
+_limited = threading.local()
