@@ -80,14 +80,15 @@ def add(
         _record(directory, names, {"before": before})
     else:
         before = _recorded(directory, names, before)
+    older = before
     if re_elect:
         # From dedup on nothing is older: what is counted is the whole pool.
-        before = {folder: count for folder, count in before.items() if folder in BEFORE_DEDUP or folder == "manifest"}
+        older = {folder: count for folder, count in before.items() if folder in BEFORE_DEDUP or folder == "manifest"}
     outcomes = driver.run(grown, rebuild="dedup" if re_elect else None, events=events)
     context = Context(run=directory, seed=config.seed, resources=config.resources, events=events or Events(None))
-    found = Added(config.run, names, outcomes, _images(directory, before), _manifest(directory, before), re_elect)
-    found.bridged = _bridged(directory, before)
-    found.drift = drift(context, before.get("cluster", 0))
+    found = Added(config.run, names, outcomes, _images(directory, older), _manifest(directory, older), re_elect)
+    found.bridged = _bridged(directory, older)
+    found.drift = drift(context, older.get("cluster", 0))
     told = {key: value for key, value in found.document().items() if key not in ("run", "outcomes")}
     _record(directory, names, {"before": before} | told)
     return found
