@@ -1,94 +1,16 @@
 """Retrieval: which pool images a seed set draws (DINOv2, section 3 and appendix A.4).
 
 Sample mode takes the N nearest pool images of each seed. Cluster mode takes images, in hash order, from every
-cluster that holds enough seeds. Neighbours are exact: float32 products nominate every image that could be among
-the N nearest, `curation.vectors.similarity` decides, ties go to the smaller image_id.
+cluster that holds enough seeds. Neighbours come from `curation.neighbours` or, for many seeds, `curation.seed_search`.
 """
 
 from dataclasses import dataclass
 
+import numba
 import numpy as np
 
-from curation.clusters import one_thread
+from curation.neighbours import NO_ID, Neighbours, nearest_neighbours
 from curation.order import hash_keys
-from curation.search import require_faiss
-from curation.vectors import similarity
-
-NO_ID = np.uint64(2**64 - 1)
-"""Stands where a seed has fewer neighbours than asked for; its similarity is -inf."""
-QUERY_ROWS = 4096
-POOL_ROWS = 65_536
-PAIR_ROWS = 16_384
-"""Bounds of what is compared at a time."""
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """The nearest pool images of m seeds: by similarity, then image_id."""
-
-    ids: np.ndarray
-    """(m, n) uint64, NO_ID where there is none."""
-    similarity: np.ndarray
-    """(m, n) float32, -inf where there is none."""
-
-    @classmethod
-    def none(cls, seeds: int, count: int) -> "Neighbours":
-        return cls(np.full((seeds, count), NO_ID, np.uint64), np.full((seeds, count), -np.inf, np.float32))
-
-    def merge(self, other: "Neighbours") -> "Neighbours":
-        """The best of both, as many per seed as `self` has. Order does not matter: the ranking is total."""
-        ids = np.concatenate([self.ids, other.ids], axis=1)
-        found = np.concatenate([self.similarity, other.similarity], axis=1)
-        order = np.lexsort((ids, -found), axis=1)[:, : self.ids.shape[1]]
-        return Neighbours(np.take_along_axis(ids, order, axis=1), np.take_along_axis(found, order, axis=1))
-
-
-def nearest_neighbours(seeds: np.ndarray, ids: np.ndarray, pool: np.ndarray, count: int) -> Neighbours:
-    """The `count` pool images of greatest similarity to each seed.
-
-    seeds: (m, d), pool: (n, d) stored unit vectors, float16 or float32; ids: (n,) uint64 of the pool.
-    """
-    result = Neighbours.none(len(seeds), count)
-    for start in range(0, len(pool), POOL_ROWS):
-        part = pool[start : start + POOL_ROWS]
-        wide = np.ascontiguousarray(part, dtype=np.float32)
-        blocks = [
-            _block(seeds[row : row + QUERY_ROWS], ids[start : start + POOL_ROWS], part, wide, count)
-            for row in range(0, len(seeds), QUERY_ROWS)
-        ]
-        if blocks:
-            found = Neighbours(np.concatenate([b.ids for b in blocks]), np.concatenate([b.similarity for b in blocks]))
-            result = result.merge(found)
-    return result
-
-
-def _block(seeds: np.ndarray, ids: np.ndarray, pool: np.ndarray, wide: np.ndarray, count: int) -> Neighbours:
-    faiss = require_faiss()
-    # A float32 product of unit vectors is off by at most d * 2^-24; two of them by twice that.
-    margin = 4.0 * seeds.shape[1] * 2.0**-24
-    queries = np.ascontiguousarray(seeds, dtype=np.float32)
-    wanted = min(count, len(pool))
-    looked_at = min(len(pool), wanted + max(8, wanted // 4))
-    with one_thread():
-        rough, nearest = faiss.knn(queries, wide, looked_at, metric=faiss.METRIC_INNER_PRODUCT)
-        exact = np.empty((len(seeds), looked_at), np.float32)
-        step = max(1, PAIR_ROWS // looked_at)
-        for start in range(0, len(seeds), step):
-            chosen = nearest[start : start + step]
-            left = np.repeat(seeds[start : start + step], looked_at, axis=0)
-            exact[start : start + step] = similarity(left, pool[chosen.ravel()]).reshape(chosen.shape)
-        found = Neighbours(ids[nearest], exact)
-        best = Neighbours.none(len(seeds), count).merge(found)
-        if looked_at < len(pool):
-            # Where more images crowd within the margin than were looked at (repeats), all of these are compared.
-            crowded = np.flatnonzero(rough[:, wanted - 1] - rough[:, -1] <= margin)
-            for row in crowded.tolist():
-                close = np.flatnonzero(wide @ queries[row] >= rough[row, wanted - 1] - margin)
-                left = np.broadcast_to(seeds[row], (len(close), seeds.shape[1]))
-                again = Neighbours(ids[close][None], similarity(left, pool[close])[None])
-                better = Neighbours.none(1, count).merge(again)
-                best.ids[row], best.similarity[row] = better.ids[0], better.similarity[0]
-    return best
 
 
 @dataclass(frozen=True)
@@ -144,20 +66,29 @@ def next_best_draws(seed_ids: np.ndarray, neighbours: Neighbours, count: int) ->
     order = np.lexsort((seed_ids[flat_seeds], flat_ids, -flat_similarity))
     order = order[flat_ids[order] != NO_ID]
     images, dense = np.unique(flat_ids[order], return_inverse=True)
-    taken = np.zeros(len(images), bool)
+    rows, ranks = _settle(order, dense, width, seeds, len(images), count)
+    found = Draws(flat_ids[rows], seed_ids[flat_seeds[rows]], ranks, flat_similarity[rows])
+    return found.sorted()
+
+
+@numba.njit(cache=True, nogil=True)
+def _settle(
+    order: np.ndarray, image_of: np.ndarray, width: int, seeds: int, images: int, count: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(places taken, rank of each with its seed) of pairs in `order`; place // width is the pair's seed."""
+    taken = np.zeros(images, np.bool_)
     drawn = np.zeros(seeds, np.int32)
-    chosen: list[int] = []
-    ranks: list[int] = []
-    for place, image in zip(order.tolist(), dense.tolist(), strict=True):
-        seed = place // width
+    places = np.empty(min(images, seeds * count), np.int64)
+    ranks = np.empty(len(places), np.int32)
+    found = 0
+    for at in range(len(order)):
+        seed, image = order[at] // width, image_of[at]
         if not taken[image] and drawn[seed] < count:
             taken[image] = True
-            chosen.append(place)
-            ranks.append(int(drawn[seed]))
+            places[found], ranks[found] = order[at], drawn[seed]
             drawn[seed] += 1
-    rows = np.array(chosen, np.int64)
-    found = Draws(flat_ids[rows], seed_ids[flat_seeds[rows]], np.array(ranks, np.int32), flat_similarity[rows])
-    return found.sorted()
+            found += 1
+    return places[:found], ranks[:found]
 
 
 def collisions(draws: Draws) -> dict[str, int]:
@@ -174,6 +105,23 @@ def chosen_clusters(seed_clusters: np.ndarray, min_seeds: int) -> tuple[np.ndarr
     clusters, counts = np.unique(seed_clusters, return_counts=True)
     enough = counts >= min_seeds
     return clusters[enough].astype(np.int32), counts[enough].astype(np.int64)
+
+
+def rounds_needed(sizes: np.ndarray, per_cluster: int, cap: int) -> tuple[int, int]:
+    """(images that each cluster needs to offer at most, images there are before the cap).
+
+    sizes: (c,) int64 images per chosen cluster. Round-robin takes at most so many from any cluster, so no more of
+    them need be held than `cap` and one per cluster.
+    """
+    offered = np.minimum(sizes, per_cluster)
+    low, high = 0, int(offered.max(initial=0))
+    while low < high:
+        middle = (low + high) // 2
+        if int(np.minimum(offered, middle).sum()) >= cap:
+            high = middle
+        else:
+            low = middle + 1
+    return high, int(offered.sum())
 
 
 def member_keys(image_ids: np.ndarray, seed: int, seed_set: str) -> np.ndarray:

@@ -11,6 +11,7 @@ from curation.errors import UserError
 from curation.order import hash_keys
 from curation.schemas import RETRIEVAL
 from pipelines import cluster as ray_cluster
+from pipelines import retrieve_inputs, retrieve_sample
 from pipelines.context import Context
 from pipelines.stages import cluster, retrieve
 from pipelines.stages.cluster import ClusterConfig
@@ -166,7 +167,7 @@ def test_cluster_mode_takes_images_in_hash_order_from_clusters_with_more_than_th
 def test_auto_goes_by_cluster_below_a_million_seeds_and_by_sample_above(
     tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(retrieve, "SAMPLE_ABOVE", 9)
+    monkeypatch.setattr(retrieve_inputs, "SAMPLE_ABOVE", 9)
     context = clustered(tmp_path)
     retrieve.execute(context, config(min_seeds=1))
     assert {name: said["mode"] for name, said in report(context).items()} == {"birds": "sample", "cars": "cluster"}
@@ -183,14 +184,15 @@ def test_equal_bytes_on_two_workers_on_none_and_whatever_arrives_first(
     tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = config(seed_sets={"birds": {"mode": "sample"}}, collisions="next_best", min_seeds=2)
-    monkeypatch.setattr(retrieve, "TASK_ROWS", 130)
+    monkeypatch.setattr(retrieve_sample, "TASK_ROWS", 130)
+    monkeypatch.setattr(retrieve_sample, "SLAB_VALUES", 130 * 16)
     with monkeypatch.context() as here:
         here.setattr(ray_cluster, "spread", in_place)
         for name in ("ray", "here"):
             clustered(tmp_path / name)
         retrieve.execute(make_context(tmp_path / "here"), options)
-    monkeypatch.setattr(retrieve, "TASK_ROWS", 100_000)
-    monkeypatch.setattr(retrieve, "SLAB_ROWS", 200)
+    monkeypatch.setattr(retrieve_sample, "TASK_ROWS", 100_000)
+    monkeypatch.setattr(retrieve_sample, "SLAB_VALUES", 200 * 16)
     retrieve.execute(make_context(tmp_path / "ray"), options)
     assert contents(str(tmp_path / "here")) == contents(str(tmp_path / "ray"))
 

@@ -1,0 +1,347 @@
+"""Four-bit codes of vectors, and a scan of them that says which rows may be near a query.
+
+A vector is cut into M pieces of a few dimensions and each piece is coded as one of 16 centroids (product quantisation,
+Jégou et al. 2011). A query becomes a table of 16 small integers per piece, so that a register holds the table and one
+byte shuffle looks up 32 rows (André et al. 2015; the layout of FAISS's FastScan). Unlike there, rows are compared
+with a cut of the query's own and nothing is ranked, and the sums are integers: the rows that pass are the same on every
+machine, with or without AVX2.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import binding, ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from curation.order import generator
+from curation.search import require_faiss
+
+LANES = 32
+"""Rows in a block of codes: the bytes of an AVX2 register."""
+QUERIES = 4
+"""Queries scanned at a time; their sums and the codes stay in registers."""
+GROUP = 32
+"""Pieces summed in one byte, which stops at 255. The bytes of the groups are then averaged."""
+HIGHEST = 15
+TYPICAL = 7
+"""The largest entry of a table, and what the median piece's range becomes: sums of related vectors stay below 255."""
+PIECE_DIMENSIONS = 5
+TRAINING_ROWS = 8192
+ITERATIONS = 8
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """16 centroids for each of M pieces. centroids: (M, piece, 16) float32; dimensions beyond d are zero."""
+
+    centroids: np.ndarray
+    dimension: int
+
+    @property
+    def pieces(self) -> int:
+        return len(self.centroids)
+
+    def encode(self, vectors: np.ndarray) -> np.ndarray:
+        """(blocks, M / 2, 32) uint8 codes of (n, d) float32 rows: the low half of a byte is the even piece's."""
+        half_norms = 0.5 * np.einsum("mpj,mpj->mj", self.centroids, self.centroids)
+        encode = _encoder(self.centroids.shape[1])
+        return encode(self._padded(vectors), self.centroids, half_norms)  # type: ignore[no-any-return]
+
+    def tables(self, queries: np.ndarray) -> "Tables":
+        """The tables of (m, d) float32 queries."""
+        count, width = self.centroids.shape[:2]
+        cut = self._padded(queries).reshape(len(queries), count, width)
+        entries = np.empty((len(queries), count, 16), np.uint8)
+        base, step = np.empty(len(queries)), np.empty(len(queries))
+        for start in range(0, len(queries), 1024):
+            part = slice(start, start + 1024)
+            products = np.einsum("qmp,mpj->qmj", cut[part], self.centroids, optimize=True)
+            least = products.min(axis=2, keepdims=True)
+            spans = (products - least).max(axis=2, keepdims=True)
+            span = np.maximum(np.median(spans, axis=1, keepdims=True), 1e-12)
+            entries[part] = np.minimum(np.rint((products - least) / span * TYPICAL), HIGHEST).astype(np.uint8)
+            base[part] = least.astype(np.float64).sum(axis=(1, 2))
+            step[part] = span[:, 0, 0].astype(np.float64) / TYPICAL
+        return Tables(entries, base, step * (count // GROUP))
+
+    def _padded(self, vectors: np.ndarray) -> np.ndarray:
+        width = self.centroids.shape[0] * self.centroids.shape[1]
+        rows = np.ascontiguousarray(vectors, dtype=np.float32)
+        return rows if width == self.dimension else np.pad(rows, ((0, 0), (0, width - self.dimension)))
+
+
+@dataclass(frozen=True)
+class Tables:
+    """What the scan needs of the queries. A row's product is about base + step * its sum, a byte."""
+
+    entries: np.ndarray
+    """(m, M, 16) uint8, at most HIGHEST."""
+    base: np.ndarray
+    """(m,) float64."""
+    step: np.ndarray
+    """(m,) float64."""
+
+
+def train(sample: np.ndarray, seed: int) -> Codebook:
+    """Centroids by k-means in every piece. sample: (n, d) float32, n >= 16."""
+    faiss = require_faiss()
+    dimension = sample.shape[1]
+    count = pieces_of(dimension)
+    width = -(-dimension // count)
+    rows = sample
+    if len(rows) > TRAINING_ROWS:
+        rows = rows[generator(seed, "codebook").choice(len(rows), TRAINING_ROWS, replace=False)]
+    rows = np.pad(rows, ((0, 0), (0, count * width - dimension))).astype(np.float32)
+    quantiser = faiss.ProductQuantizer(count * width, count, 4)
+    quantiser.cp.niter, quantiser.cp.seed, quantiser.cp.min_points_per_centroid = ITERATIONS, 1, 1
+    quantiser.train(np.ascontiguousarray(rows))
+    found = faiss.vector_to_array(quantiser.centroids).reshape(count, 16, width)
+    return Codebook(np.ascontiguousarray(found.transpose(0, 2, 1)), dimension)
+
+
+def pieces_of(dimension: int) -> int:
+    """A power of two: about a bit per dimension."""
+    count = GROUP
+    while count * PIECE_DIMENSIONS < dimension:
+        count *= 2
+    return count
+
+
+def sums(codes: np.ndarray, entries: np.ndarray) -> np.ndarray:
+    """(m, rows) uint8: the sum of every row for every query, as the scan compares it. For calibration and tests."""
+    found = np.empty((len(entries), len(codes) * LANES), np.uint8)
+    _all_sums(codes, entries, found)
+    return found
+
+
+def pair_sums(codes: np.ndarray, entries: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """(n,) uint8: the sum of row i for query queries[i] alone. codes: of n rows; queries: (n,) int64."""
+    return _pair_sums(codes, entries, queries)  # type: ignore[no-any-return]
+
+
+@cache
+def _encoder(width: int) -> Any:
+    """Codes of blocks of rows; pieces of `width` dimensions."""
+    nearest = _nearest(width)
+
+    @numba.njit(nogil=True)
+    def encode(vectors: np.ndarray, centroids: np.ndarray, half_norms: np.ndarray) -> np.ndarray:
+        count = len(half_norms)
+        blocks = (len(vectors) + 31) // 32
+        codes = np.zeros((blocks, count // 2, 32), np.uint8)
+        # Rows side by side, so that a register works on several of them.
+        lanes = np.zeros((count * width, 32), np.float32)
+        best = np.empty(32, np.uint8)
+        for block in range(blocks):
+            for lane in range(min(32, len(vectors) - block * 32)):
+                for k in range(count * width):
+                    lanes[k, lane] = vectors[block * 32 + lane, k]
+            for piece in range(count):
+                nearest(
+                    lanes.ctypes.data + piece * width * 128,
+                    centroids.ctypes.data + piece * width * 64,
+                    half_norms.ctypes.data + piece * 64,
+                    best.ctypes.data,
+                )
+                shift = 4 * (piece % 2)
+                for lane in range(32):
+                    codes[block, piece // 2, lane] |= best[lane] << shift
+        return codes
+
+    return encode
+
+
+def _nearest(width: int) -> Any:
+    """The nearest centroid of one piece of 32 rows, in LLVM's words: its own loops over arrays stay scalar."""
+    single, byte, word, address = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
+    count = 16
+    floats, words, bytes_ = (ir.VectorType(kind, count) for kind in (single, word, byte))
+
+    def at(builder: Any, base: Any, offset: int, kind: Any) -> Any:
+        return builder.inttoptr(builder.add(base, ir.Constant(address, offset)), kind.as_pointer())
+
+    def spread(builder: Any, value: Any) -> Any:
+        first = builder.insert_element(ir.Constant(floats, ir.Undefined), value, ir.Constant(word, 0))
+        return builder.shuffle_vector(first, first, ir.Constant(words, [0] * count))
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def nearest(typing_context, lanes, centroids, half_norms, out):  # type: ignore[no-untyped-def]
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            rows, table, norms, result = arguments
+            for part in range(2):
+                x = [builder.load(at(builder, rows, k * 128 + part * 64, floats), align=4) for k in range(width)]
+                highest, best = None, ir.Constant(words, [0] * count)
+                for j in range(16):
+                    score = builder.fneg(spread(builder, builder.load(at(builder, norms, j * 4, single), align=4)))
+                    for k in range(width):
+                        c = spread(builder, builder.load(at(builder, table, k * 64 + j * 4, single), align=4))
+                        score = builder.fadd(score, builder.fmul(c, x[k], flags=("contract",)), flags=("contract",))
+                    if highest is None:
+                        highest = score
+                        continue
+                    better = builder.fcmp_ordered(">", score, highest)
+                    highest = builder.select(better, score, highest)
+                    best = builder.select(better, ir.Constant(words, [j] * count), best)
+                builder.store(builder.trunc(best, bytes_), at(builder, result, part * count, bytes_), align=1)
+            return context.get_dummy_value()
+
+        return types.void(*[types.intp] * 4), generate
+
+    return nearest
+
+
+@numba.njit(cache=True, nogil=True)
+def _sum(codes: np.ndarray, entries: np.ndarray, lane: int) -> int:
+    """The sum of one row: bytes per group of pieces, averaged in pairs with halves rounded up."""
+    groups = np.zeros(len(entries) // 32, np.int64)
+    for piece in range(len(entries)):
+        code = (codes[piece // 2, lane] >> (4 * (piece % 2))) & 15
+        groups[piece // 32] = min(255, groups[piece // 32] + entries[piece, code])
+    left = len(groups)
+    while left > 1:
+        for i in range(left // 2):
+            groups[i] = (groups[2 * i] + groups[2 * i + 1] + 1) >> 1
+        left //= 2
+    return int(groups[0])
+
+
+@numba.njit(cache=True, nogil=True)
+def _all_sums(codes: np.ndarray, entries: np.ndarray, found: np.ndarray) -> None:
+    for query in range(len(entries)):
+        for block in range(len(codes)):
+            for lane in range(32):
+                found[query, block * 32 + lane] = _sum(codes[block], entries[query], lane)
+
+
+@numba.njit(cache=True, nogil=True)
+def _pair_sums(codes: np.ndarray, entries: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    found = np.empty(len(queries), np.uint8)
+    for row in range(len(queries)):
+        found[row] = _sum(codes[row // 32], entries[queries[row]], row % 32)
+    return found
+
+
+def has_shuffle() -> bool:
+    """Whether this machine has the byte shuffle of AVX2; elsewhere the same sums are taken one by one."""
+    return bool(binding.get_host_cpu_features().get("avx2", False))
+
+
+@numba.njit(nogil=True)
+def plain_masks(
+    codes: np.ndarray, entries: np.ndarray, queries: np.ndarray, cuts: np.ndarray, masks: np.ndarray
+) -> None:
+    """masks[i]: bit r is set where row r of the block `codes` (M / 2, 32) reaches the cut of query queries[i]."""
+    for i in range(4):
+        found = np.uint32(0)
+        for lane in range(32):
+            if _sum(codes, entries[queries[i]], lane) >= cuts[queries[i]]:
+                found |= np.uint32(1) << np.uint32(lane)
+        masks[i] = found
+
+
+def shuffle_masks(pieces: int) -> Any:
+    """`plain_masks` with AVX2, for codes of `pieces` pieces."""
+    kernel = _kernel(pieces // 2)
+
+    @numba.njit(nogil=True)
+    def masks_of(
+        codes: np.ndarray, entries: np.ndarray, queries: np.ndarray, cuts: np.ndarray, masks: np.ndarray
+    ) -> None:
+        start, size = entries.ctypes.data, entries.shape[1] * 16
+        kernel(
+            codes.ctypes.data,
+            start + queries[0] * size,
+            start + queries[1] * size,
+            start + queries[2] * size,
+            start + queries[3] * size,
+            masks.ctypes.data,
+            cuts[queries[0]],
+            cuts[queries[1]],
+            cuts[queries[2]],
+            cuts[queries[3]],
+        )
+
+    return masks_of
+
+
+def _kernel(pairs: int) -> Any:
+    """The inner loop in LLVM's words: numba has no type for a register of bytes."""
+    byte, word, address = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+    register, half, wide = (ir.VectorType(byte, n) for n in (LANES, 16, LANES))
+    pairs_per_group = GROUP // 2
+
+    def constant(value: int) -> ir.Constant:
+        return ir.Constant(register, [value] * LANES)
+
+    def number(value: int) -> ir.Constant:
+        return ir.Constant(address, value)
+
+    def load(builder: Any, base: Any, offset: Any, kind: Any) -> Any:
+        return builder.load(builder.inttoptr(builder.add(base, offset), kind.as_pointer()), align=1)
+
+    def average(builder: Any, one: Any, other: Any) -> Any:
+        double = ir.VectorType(ir.IntType(16), LANES)
+        ones = ir.Constant(double, [1] * LANES)
+        total = builder.add(builder.add(builder.zext(one, double), builder.zext(other, double)), ones)
+        return builder.trunc(builder.lshr(total, ones), register)
+
+    def group_sums(builder: Any, shuffle: Any, add: Any, codes: Any, tables: Any, group: int) -> list[Any]:
+        slots = [cgutils.alloca_once_value(builder, constant(0)) for _ in tables]
+        for slot in slots:
+            builder.store(constant(0), slot)
+        first, last = number(group * pairs_per_group), number((group + 1) * pairs_per_group)
+        with cgutils.for_range_slice(builder, first, last, number(1), intp=address) as (pair, _):
+            both = load(builder, codes, builder.mul(pair, number(LANES)), register)
+            shorts = builder.bitcast(both, ir.VectorType(ir.IntType(16), 16))
+            shifted = builder.lshr(shorts, ir.Constant(shorts.type, [4] * 16))
+            indices = [
+                builder.and_(both, constant(15)),
+                builder.and_(builder.bitcast(shifted, wide), constant(15)),
+            ]
+            for slot, table in zip(slots, tables, strict=True):
+                total = builder.load(slot)
+                for place, index in enumerate(indices):
+                    offset = builder.add(builder.mul(pair, number(32)), number(16 * place))
+                    entries = load(builder, table, offset, half)
+                    twice = ir.Constant(ir.VectorType(word, LANES), [*range(16)] * 2)
+                    entries = builder.shuffle_vector(entries, entries, twice)
+                    total = builder.call(add, [total, builder.call(shuffle, [entries, index])])
+                builder.store(total, slot)
+        return [builder.load(slot) for slot in slots]
+
+    @intrinsic  # type: ignore[untyped-decorator]
+    def masks(  # type: ignore[no-untyped-def]
+        typing_context, codes, one, two, three, four, out, cut_one, cut_two, cut_three, cut_four
+    ):
+        signature = types.void(*[types.intp] * 6, *[types.uint8] * 4)
+
+        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+            name = "llvm.x86.avx2.pshuf.b"
+            shuffle = builder.module.declare_intrinsic(name, (), ir.FunctionType(register, [register, register]))
+            add = builder.module.declare_intrinsic(
+                "llvm.uadd.sat.v32i8", (), ir.FunctionType(register, [register, register])
+            )
+            tables, result, cuts = arguments[1:5], arguments[5], arguments[6:]
+            groups = [
+                group_sums(builder, shuffle, add, arguments[0], tables, g)
+                for g in range(max(1, pairs // pairs_per_group))
+            ]
+            for query, cut in enumerate(cuts):
+                parts = [group[query] for group in groups]
+                while len(parts) > 1:
+                    parts = [average(builder, x, y) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+                first = builder.insert_element(ir.Constant(register, ir.Undefined), cut, ir.Constant(word, 0))
+                spread = builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(word, LANES), [0] * LANES))
+                found = builder.bitcast(builder.icmp_unsigned(">=", parts[0], spread), word)
+                target = builder.inttoptr(builder.add(result, number(4 * query)), word.as_pointer())
+                builder.store(found, target, align=1)
+            return context.get_dummy_value()
+
+        return signature, generate
+
+    return masks

@@ -1,0 +1,59 @@
+"""Four-bit codes: the scan with registers against sums taken one by one, and both against the nearest centroids."""
+
+import numpy as np
+import pytest
+
+from curation import quantised
+
+
+def unit(rows: int, dimension: int, seed: int) -> np.ndarray:
+    found = np.random.default_rng(seed).standard_normal((rows, dimension), dtype=np.float32)
+    return np.asarray(found / np.linalg.norm(found, axis=1, keepdims=True))
+
+
+@pytest.mark.parametrize("dimension", [24, 130, 384])
+def test_codes_name_the_nearest_centroid_of_every_piece(dimension: int) -> None:
+    rows = unit(70, dimension, 0)
+    book = quantised.train(unit(400, dimension, 1), 0)
+    codes = book.encode(rows)
+    count, width = book.centroids.shape[:2]
+    cut = np.pad(rows, ((0, 0), (0, count * width - dimension))).reshape(len(rows), count, 1, width)
+    exact = ((cut - book.centroids.transpose(0, 2, 1)[None]) ** 2).sum(axis=-1)
+    for row in range(len(rows)):
+        pair = codes[row // 32, :, row % 32]
+        found = np.stack([pair & 15, pair >> 4], axis=1).ravel()
+        chosen = exact[row, np.arange(count), found]
+        assert np.allclose(chosen, exact[row].min(axis=1), atol=1e-6)
+
+
+@pytest.mark.skipif(not quantised.has_shuffle(), reason="needs AVX2")
+@pytest.mark.parametrize("pieces", [32, 128, 256])
+def test_registers_give_the_rows_that_sums_one_by_one_give(pieces: int) -> None:
+    random = np.random.default_rng(pieces)
+    codes = random.integers(0, 256, (2, pieces // 2, 32), dtype=np.uint8)
+    entries = random.integers(0, 16, (6, pieces, 16), dtype=np.uint8)
+    # Larger entries stop a byte's sum at 255; smaller ones leave it below.
+    entries[1] //= 2
+    entries[2] //= 4
+    sums = quantised.sums(codes, entries)
+    cuts = np.median(sums, axis=1).astype(np.uint8)
+    found, plain = np.zeros(4, np.uint32), np.zeros(4, np.uint32)
+    masks_of = quantised.shuffle_masks(pieces)
+    for queries in ([0, 1, 2, 3], [5, 4, 4, 1]):
+        for block in range(2):
+            masks_of(codes[block], entries, np.array(queries), cuts, found)
+            quantised.plain_masks(codes[block], entries, np.array(queries), cuts, plain)
+            assert found.tolist() == plain.tolist()
+            for i, query in enumerate(queries):
+                passing = sums[query, block * 32 : block * 32 + 32] >= cuts[query]
+                assert [(int(found[i]) >> lane) & 1 for lane in range(32)] == passing.tolist()
+
+
+def test_coded_products_follow_the_true_ones() -> None:
+    rows, queries = unit(600, 128, 2), unit(8, 128, 3)
+    book = quantised.train(rows, 0)
+    tables = book.tables(queries)
+    coded = tables.base[:, None] + tables.step[:, None] * quantised.sums(book.encode(rows), tables.entries)[:, :600]
+    assert np.corrcoef(coded.ravel(), (queries @ rows.T).ravel())[0, 1] > 0.75
+    again = quantised.pair_sums(book.encode(rows[:8]), tables.entries, np.arange(8))
+    assert again.tolist() == [int(quantised.sums(book.encode(rows[:8]), tables.entries)[i, i]) for i in range(8)]
