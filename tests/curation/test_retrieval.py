@@ -68,6 +68,35 @@ def test_next_best_settles_pairs_from_the_most_similar_down() -> None:
     assert len(draws) == len(set(draws.image_id.tolist())) == 12
 
 
+@given(st.integers(1, 12), st.integers(1, 10), st.integers(1, 4), st.integers(0, 1000))
+@settings(max_examples=40, deadline=None)
+def test_next_best_is_that_of_a_loop_over_sorted_pairs(seeds: int, images: int, count: int, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    # Few distinct similarities, so that ties decide.
+    similar = random.integers(0, 4, (seeds, images)).astype(np.float32) / 4
+    ids = np.argsort(-similar, axis=1, kind="stable")
+    neighbours = Neighbours(ids.astype(np.uint64), np.take_along_axis(similar, ids, axis=1))
+    seed_ids = random.permutation(100)[:seeds].astype(np.uint64)
+    taken, drawn, expected = set(), dict.fromkeys(seed_ids.tolist(), 0), []
+    pairs = [(-float(similar[s, i]), i, int(seed_ids[s])) for s in range(seeds) for i in range(images)]
+    for _, image, who in sorted(pairs):
+        if image not in taken and drawn[who] < count:
+            taken.add(image)
+            expected.append((image, who, drawn[who]))
+            drawn[who] += 1
+    assert rows_of(retrieval.next_best_draws(seed_ids, neighbours, count)) == sorted(expected)
+
+
+@given(st.lists(st.integers(0, 9), max_size=8), st.integers(1, 6), st.integers(1, 30))
+@settings(max_examples=60, deadline=None)
+def test_rounds_suffice_for_the_cap_and_one_fewer_would_not(sizes: list[int], per_cluster: int, cap: int) -> None:
+    rounds, before = retrieval.rounds_needed(np.array(sizes, np.int64), per_cluster, cap)
+    offered = [min(size, per_cluster) for size in sizes]
+    assert before == sum(offered)
+    assert sum(min(n, rounds) for n in offered) >= min(cap, before)
+    assert rounds == 0 or sum(min(n, rounds - 1) for n in offered) < min(cap, before)
+
+
 def test_next_best_leaves_seeds_short_when_the_pool_runs_out() -> None:
     seed_ids, neighbours = few_images()
     draws = retrieval.next_best_draws(seed_ids, neighbours, 3)
