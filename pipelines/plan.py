@@ -10,7 +10,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from curation import storage
-from curation.duplicates.join import CELLS_PER_ROOT, EXACT_MULTIPLY_ADDS, TILE_ROWS
+from curation.duplicates.cells import CELLS_PER_ROOT
+from curation.duplicates.tasks import EXACT_MULTIPLY_ADDS
+from curation.duplicates.tiles import TILE_ROWS
 from curation.errors import UserError
 from pipelines import run as driver
 from pipelines.configuration import RunConfig, SourceConfig
@@ -323,7 +325,7 @@ def _dedup(config: RunConfig, counts: Counts, _sets: list[SeedSetPlan], _nominal
         moved += 2.0 * dimension * rows * (1 + visits)
         memory = max(memory, 2 * 2.0 * dimension * cell * (1 + visits))
         lines += [
-            f"{graph}: n = {rows:,} in c = 4 sqrt(n) = {cells:,} cells, each vector visits {visits}",
+            f"{graph}: n = {rows:,} in c = {CELLS_PER_ROOT:g} sqrt(n) = {cells:,} cells, each vector visits {visits}",
             f"  assign 2 d n c = {assign:.2e}, products 2 d n visits (n / c) imbalance = {join:.2e} FLOP",
             f"  shuffled: n (1 + visits) d x 2 B = {2.0 * dimension * rows * (1 + visits):.2e} B",
         ]

@@ -5,9 +5,9 @@ import numpy as np
 from curation.duplicates import grouped
 from curation.duplicates.components import component_sizes
 from curation.duplicates.grouped import Grouped
-from curation.duplicates.join import Spread, serial
 from curation.duplicates.members import Members
 from curation.duplicates.scratch import Reader, Scratch
+from curation.duplicates.tasks import Spread, serial
 
 BLOCK_ROWS = 4096
 

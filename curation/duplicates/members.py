@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from curation.vectors import VectorSet, open_parquet, read_vectors
 
 SMALLEST_BUNDLE = 8192
+PIECE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,10 @@ def rank(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def max_piece_rows(memory_bytes: int, dimension: int) -> int:
-    """Rows of a piece such that reading it (stored, float32 and a copy) stays below a quarter of a worker's memory."""
-    return max(1024, memory_bytes // 4 // (12 * dimension))
+    """Rows of a piece: PIECE_BYTES of float16, so that how work is cut does not depend on a worker's memory; less only
+    where reading a piece (stored, float32 and a copy) would take more than a quarter of it.
+    """
+    return max(1024, min(PIECE_BYTES // (2 * dimension), memory_bytes // 4 // (12 * dimension)))
 
 
 def _piece(

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +10,17 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation import products, vectors
+from curation.duplicates import cell_join, tasks
 from curation.duplicates import components as comp
 from curation.duplicates import forest as f
 from curation.duplicates import recall as recalls
-from curation.duplicates.join import CellTask, JoinOptions, _by_cells, _plan, cell_tasks, self_join, serial
+from curation.duplicates.cell_join import CellTask, cell_tasks, find_plan, join_by_cells
+from curation.duplicates.cells import EXPONENTS, Cells, Rule
+from curation.duplicates.join import self_join
 from curation.duplicates.members import Members, Piece, bundled, file_pieces, max_piece_rows, rank, whole_set
 from curation.duplicates.scratch import Scratch
+from curation.duplicates.tasks import JoinOptions, serial
+from curation.errors import UserError
 
 
 def unit(x: np.ndarray) -> np.ndarray:
@@ -78,9 +82,9 @@ def test_cells_that_visit_everything_find_everything(tmp_path: Path) -> None:
 
     scratch = Scratch(str(tmp_path / "s"))
 
-    plan = _plan(members, IDS[: len(x)], options, scratch, serial)
-    plan = replace(plan, visits=len(plan.centroids))
-    forest = _by_cells(members, plan, options, scratch, serial)
+    cells = cell_join.train(20, 0, x).with_rule(Rule(0.0, 3.0, 2, 128, 1024))
+    find_plan(members, IDS[: len(x)], options, scratch, serial, cells)
+    forest = join_by_cells(members, cells, options, scratch, serial)
     assert forest.tobytes() == f.maximum_spanning_forest(oracle(x, 0.45)).tobytes()
 
 
@@ -156,7 +160,8 @@ def test_later_generation_joins_new_rows_with_old_and_new_and_merges_to_the_whol
         members = Members(tuple(pieces), 64, True, len(x))
         result = self_join(members, IDS[: len(x)], options, Scratch(str(tmp_path / f"s{generation}")))
         ends = np.concatenate([result.forest["low"], result.forest["high"]])
-        assert generation == 0 or not (result.forest["high"] < 1200).any(), "no pair of two old images"
+        old = result.forest[result.forest["high"] < 1200]
+        assert generation == 0 or (old["similarity"] > 0.999).all(), "no pair of two old images but equals of a new one"
         assert generation == 1 or ends.max() < 1200
         forests.append(result.forest)
     merged = f.maximum_spanning_forest(np.concatenate(forests))
@@ -169,26 +174,26 @@ def test_later_generation_joins_new_rows_with_old_and_new_and_merges_to_the_whol
 
 
 def test_forest_does_not_depend_on_how_the_work_is_cut(tmp_path: Path) -> None:
-    x = planted(3000, 32)
+    x = planted(3000, 128)
     ids = IDS[:3000]
     base = JoinOptions(0.6, recall=0.9, exact_multiply_adds=0)
     whole = self_join(members_of(tmp_path / "e", x), ids, base, Scratch(str(tmp_path / "a")))
     assert whole.report["method"] == "cells"
     small = Scratch(str(tmp_path / "b"))
-    import curation.duplicates.join as module
+    module = cell_join
 
-    before = module.TASK_PAIRS, module.EDGES_HELD
+    before = module.TASK_PAIRS, tasks.EDGES_HELD
     try:
-        module.TASK_PAIRS, module.EDGES_HELD = 5_000, 50
+        module.TASK_PAIRS, tasks.EDGES_HELD = 5_000, 50
         again = self_join(members_of(tmp_path / "e2", x, parts=5), ids, base, small)
     finally:
-        module.TASK_PAIRS, module.EDGES_HELD = before
+        module.TASK_PAIRS, tasks.EDGES_HELD = before
     assert again.forest.tobytes() == whole.forest.tobytes()
     assert len(small.groups("forest")) > len(Scratch(str(tmp_path / "a")).groups("forest"))
 
 
 def test_interrupted_join_does_only_what_is_missing(tmp_path: Path) -> None:
-    x = planted(2000)
+    x = planted(2000, 256)
     members, options = members_of(tmp_path / "e", x), JoinOptions(0.6, recall=0.9, exact_multiply_adds=0)
     scratch = Scratch(str(tmp_path / "s"))
     scratch.prepare({"a": 1})
@@ -220,27 +225,118 @@ def test_max_edges_keeps_the_best_of_each_image_and_cuts_big_groups(tmp_path: Pa
     assert result.forest.tobytes() == expected.tobytes()
 
 
-def test_measured_recall_is_the_share_of_true_pairs_compared(tmp_path: Path) -> None:
-    pairs = np.zeros(10, recalls.SAMPLE_PAIR)
+def sample_pairs(gaps: list[float]) -> np.ndarray:
+    pairs = np.zeros(len(gaps), recalls.SAMPLE_PAIR)
+    pairs["query"] = np.arange(len(gaps))
+    pairs["similarity"], pairs["weight"], pairs["first"], pairs["distance"] = 0.7, 1, 40, 200
+    pairs["gap"] = np.array(gaps, np.float32)[:, None]
+    return pairs
+
+
+def test_measured_recall_is_the_share_of_true_pairs_nominated() -> None:
+    pairs = sample_pairs([-1, -1, 0.01, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.4])
     pairs["query"] = [1, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    pairs["similarity"], pairs["weight"] = 0.7, 1
-    pairs["visits"] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 40]
-    assert recalls.choose_visits(pairs, 0.6, 0.85, 100) == 9
-    assert recalls.choose_visits(pairs, 0.6, 1.0, 100) == 40
-    assert recalls.choose_visits(pairs, 0.8, 0.9, 100) == 16, "nothing to learn from"
-    got = recalls.measured(pairs, pairs["visits"] <= 9, 0.6, 20)
-    assert got["recall"] == 0.9 and got["pairs"] == 10 and got["low"] < 0.9 < got["high"] < 1
+    found = recalls.nominated(pairs, Rule(0.0, 0.06, 2, 40, 200))
+    assert found.sum() == 9
+    got = recalls.measured(pairs, found, 0.6, 20)
+    assert got["recall"] == 0.9 and got["pairs"] == 10 and got["low"] < 0.9 < got["high"] <= 1
+    assert got["queries_with_pairs"] == 9
+    assert not recalls.nominated(pairs, Rule(0.0, 1.0, 2, 39, 200)).any()
+    assert not recalls.nominated(pairs, Rule(0.0, 1.0, 2, 40, 199)).any()
     low, high = recalls.wilson(0.99, 1000)
     assert (round(low, 4), round(high, 4)) == (0.9817, 0.9946)
+
+
+def test_bootstrap_interval_holds_the_true_recall_about_95_times_in_100() -> None:
+    random = np.random.default_rng(0)
+    held = 0
+    for _ in range(200):
+        sizes = random.zipf(2.5, 400).clip(max=50)
+        pairs = sample_pairs([0.0] * int(sizes.sum()))
+        pairs["query"] = np.repeat(np.arange(400), sizes)
+        got = recalls.measured(pairs, random.random(len(pairs)) < 0.97, 0.6, 400)
+        held += got["low"] <= 0.97 <= got["high"]
+    assert 180 <= held <= 198
+
+
+def test_chosen_rule_is_the_cheapest_that_reaches_the_recall_on_its_sample() -> None:
+    x = planted(3000)
+    cells = cell_join.train(64, 0, x)
+    background = recalls.Background.of(cells, x[:200], x[:1000])
+    random = np.random.default_rng(1)
+    pairs = sample_pairs(np.sort(random.exponential(0.03, 500)).tolist())
+    chosen = recalls.choose(pairs, 0.6, 0.9, cells, background)
+    assert chosen is not None
+    found = recalls.nominated(pairs, chosen.rule)
+    assert 0.9 <= found.mean() <= 0.93
+    dearer = recalls.choose(pairs, 0.6, 0.99, cells, background)
+    assert dearer is not None and dearer.rule.reach > chosen.rule.reach
+    assert recalls.choose(pairs[:0], 0.6, 0.9, cells, background) is not None, "nothing to learn from"
+
+
+def test_gap_is_the_reach_at_which_one_end_visits_the_home_of_the_other() -> None:
+    x = planted(800)
+    cells = cell_join.train(40, 0, x)
+    left, right = x[:200], x[200:400]
+    gaps = cells.gaps(left, right)
+    for k, exponent in enumerate(EXPONENTS):
+        for reach in (0.02, 0.1, 0.3):
+            visiting = cells.with_rule(Rule(exponent, reach, 2, 128, 1024))
+            goes = []
+            for rows in (left, right):
+                homes, visitors, visited = visiting.visits(rows)
+                mask = np.zeros((len(rows), 40), bool)
+                mask[visitors, visited] = True
+                mask[np.arange(len(rows)), homes] = True
+                goes.append((homes, mask))
+            (home, mask), (other_home, other_mask) = goes
+            place = np.arange(200)
+            meet = mask[place, other_home] | other_mask[place, home]
+            assert (meet == (gaps[:, k] <= np.float32(reach))).mean() > 0.99, "but for roundings at the edge"
+
+
+def test_assignment_of_a_vector_does_not_depend_on_its_company() -> None:
+    x = planted(2500)
+    cells = cell_join.train(50, 0, x).with_rule(Rule(0.01, 0.1, 2, 128, 1024))
+    order = np.random.default_rng(0).permutation(len(x))
+    homes, rows, visited = cells.visits(x)
+    again, other_rows, other_visited = cells.visits(x[order])
+    assert (again == homes[order]).all()
+    one = set(zip(rows.tolist(), visited.tolist(), strict=True))
+    assert {(int(order[r]), int(c)) for r, c in zip(other_rows, other_visited, strict=True)} == one
+
+
+def test_cells_come_back_from_bytes_as_they_were() -> None:
+    cells = cell_join.train(16, 0, planted(400)).with_rule(Rule(0.01, 0.25, 3, 77, 333))
+    again = Cells.from_bytes(cells.to_bytes())
+    assert again.rule == cells.rule and again.to_bytes() == cells.to_bytes()
+
+
+def test_equal_vectors_take_part_once_and_stay_together(tmp_path: Path) -> None:
+    x = np.repeat(planted(200, 64)[:40], 50, axis=0)
+    options = JoinOptions(0.6, exact_multiply_adds=0)
+    result = self_join(members_of(tmp_path / "e", x), IDS[:2000], options, Scratch(str(tmp_path / "s")))
+    exact = f.maximum_spanning_forest(oracle(x, 0.6))
+    assert (comp.components(result.forest, 2000, 0.6) == comp.components(exact, 2000, 0.6)).all()
+    again = self_join(members_of(tmp_path / "e2", x, parts=7), IDS[:2000], options, Scratch(str(tmp_path / "s2")))
+    assert again.forest.tobytes() == result.forest.tobytes(), "wherever the equal ones lie"
+
+
+def test_vectors_that_are_nearly_all_alike_stop_the_join_with_a_sentence(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    x = unit(np.ones((1, 64)) / 8 + 0.02 * random.standard_normal((9000, 64))).astype(np.float16)
+    with pytest.raises(UserError, match="do not tell images apart"):
+        options = JoinOptions(0.6, exact_multiply_adds=0)
+        self_join(members_of(tmp_path / "e", x), IDS[:9000], options, Scratch(str(tmp_path / "s")))
 
 
 def test_big_cells_are_sliced_and_small_ones_bundled() -> None:
     sizes = np.zeros((4, 6), np.int64)
     sizes[1] = [10, 10, 60_000, 10, 0, 10]
     sizes[3] = [5, 5, 20_000, 5, 0, 5]
-    tasks = cell_tasks(sizes, 512, 4 << 30)
-    assert tasks[0] == CellTask(0, 2, tile_rows=tasks[0].tile_rows) and tasks[-1].first == 3
-    slices = [t for t in tasks if t.first == 2]
+    bundles = cell_tasks(sizes, 4 << 30)
+    assert bundles[0] == CellTask(0, 2, tile_rows=bundles[0].tile_rows) and bundles[-1].first == 3
+    slices = [t for t in bundles if t.first == 2]
     assert len(slices) > 5 and slices[0].begin == 0 and slices[-1].stop == 80_000
     assert all(a.stop == b.begin for a, b in itertools.pairwise(slices))
 

@@ -1,0 +1,184 @@
+"""Coarse cells of the join: where a vector is at home, which cells it visits, and which sketches count as near.
+
+The recipe of IVF (Jégou et al. 2011) for both sides at once: a pair is compared when one end visits the home of the
+other. Visits are adapted to each vector: a cell is visited when its centroid is nearly as close as the nearest one,
+and big cells, which cost more, must be closer. Centroids lie in the leading principal components, where the assignment
+costs a fraction and tells copies apart nearly as well.
+"""
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numba
+import numpy as np
+
+from curation.nearest import one_thread
+from curation.search import require_faiss
+
+CELLS_PER_ROOT = 2.0
+TRAINING_PER_CELL = 48
+TRAINING_ROUNDS = 4
+COMPONENTS = 128
+"""Principal components that cells are formed in."""
+BLOCK_ROWS = 1024
+BLOCK_SCORES = 1 << 24
+EXPONENTS = (0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04)
+"""How much closer a cell must be per factor e of its size: one of these is chosen on a sample."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is compared: cells within `reach` of the best, and among their members pairs whose sketches are near."""
+
+    exponent: float
+    """One of EXPONENTS."""
+    reach: float
+    first_words: int
+    first_cut: int
+    cut: int
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Centroids and the rule of visits; small enough to be handed to every worker."""
+
+    projection: np.ndarray
+    """(d, p) float32 principal components."""
+    centroids: np.ndarray
+    """(c, p) float32, unit length."""
+    sizes: np.ndarray
+    """(c,) float32 share of the training sample at home in each, smoothed."""
+    rule: Rule | None = None
+
+    def __len__(self) -> int:
+        return len(self.centroids)
+
+    def with_rule(self, rule: Rule) -> "Cells":
+        return replace(self, rule=rule)
+
+    def handicap(self, exponent: float) -> np.ndarray:
+        """(c,) float32, taken from the score of a cell that is visited."""
+        return np.asarray(exponent * np.log(self.sizes * len(self.sizes)), np.float32)
+
+    def scores(self, vectors: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+        """(rows, (rows, c) float32 cosines with the centroids) of (n, d) stored vectors, a block at a time.
+
+        Blocks have one shape, the last is padded: the scores of a vector do not depend on its company.
+        """
+        size = max(64, min(BLOCK_ROWS, BLOCK_SCORES // len(self.centroids) // 64 * 64))
+        wide = np.zeros((size, vectors.shape[1]), np.float32)
+        with one_thread():
+            for begin in range(0, len(vectors), size):
+                rows = slice(begin, min(len(vectors), begin + size))
+                held = rows.stop - begin
+                wide[:held] = vectors[rows]
+                wide[held:] = 0
+                projected = wide @ self.projection
+                lengths = np.sqrt(np.einsum("nd,nd->n", projected, projected))
+                projected /= np.maximum(lengths, np.float32(1e-20))[:, None]
+                yield rows, (projected @ self.centroids.T)[:held]
+
+    def homes(self, vectors: np.ndarray) -> np.ndarray:
+        """(n,) int32."""
+        parts = [scores.argmax(axis=1).astype(np.int32) for _, scores in self.scores(vectors)]
+        return np.concatenate([np.empty(0, np.int32), *parts])
+
+    def visits(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Where vectors go: ((n,) int32 homes, (v,) int64 rows and (v,) int32 cells of all further visits)."""
+        assert self.rule is not None
+        handicap, reach = self.handicap(self.rule.exponent), np.float32(self.rule.reach)
+        homes = np.empty(len(vectors), np.int32)
+        found_rows, found_cells = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+        for block, scores in self.scores(vectors):
+            home = scores.argmax(axis=1)
+            homes[block] = home
+            rows, cells = _within(scores, home, handicap, reach)
+            found_rows.append(rows + block.start)
+            found_cells.append(cells)
+        return homes, np.concatenate(found_rows), np.concatenate(found_cells)
+
+    def gaps(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
+        """(p, len(EXPONENTS)) float32: the reach at which each pair of rows is compared, -1 for one home.
+
+        left, right: (p, d) stored vectors.
+        """
+        result = np.empty((len(left), len(EXPONENTS)), np.float32)
+        for (rows, one), (_, other) in zip(self.scores(left), self.scores(right), strict=True):
+            place = np.arange(len(one))
+            home_one, home_other = one.argmax(axis=1), other.argmax(axis=1)
+            for k, exponent in enumerate(EXPONENTS):
+                handicap = self.handicap(exponent)
+                of_one = one[place, home_one] - (one[place, home_other] - handicap[home_other])
+                of_other = other[place, home_other] - (other[place, home_one] - handicap[home_one])
+                result[rows, k] = np.where(home_one == home_other, np.float32(-1), np.minimum(of_one, of_other))
+        return result
+
+    def to_bytes(self) -> bytes:
+        """For `from_bytes`: a numpy archive without pickles."""
+        rule = self.rule
+        numbers = [] if rule is None else [rule.exponent, rule.reach, rule.first_words, rule.first_cut, rule.cut]
+        file = io.BytesIO()
+        np.savez(
+            file,
+            projection=self.projection,
+            centroids=self.centroids,
+            sizes=self.sizes,
+            rule=np.asarray(numbers, np.float64),
+        )
+        return file.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Cells":
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            numbers = file["rule"].tolist()
+            rule = Rule(numbers[0], numbers[1], *(int(n) for n in numbers[2:])) if numbers else None
+            return cls(file["projection"], file["centroids"], file["sizes"], rule)
+
+
+def train(count: int, seed: int, sample: np.ndarray) -> Cells:
+    """Cells of (n, d) sampled vectors: spherical k-means by FAISS in their principal components, on one thread."""
+    faiss = require_faiss()
+    wide = np.ascontiguousarray(sample, dtype=np.float32)
+    with one_thread():
+        _, axes = np.linalg.eigh((wide.T @ wide).astype(np.float64))
+        projection = np.ascontiguousarray(axes[:, ::-1][:, : min(COMPONENTS, wide.shape[1])], dtype=np.float32)
+        projected = wide @ projection
+        projected /= np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), np.float32(1e-20))
+        kmeans = faiss.Kmeans(
+            projected.shape[1],
+            count,
+            niter=TRAINING_ROUNDS,
+            seed=seed % (1 << 31),
+            spherical=True,
+            min_points_per_centroid=1,
+            max_points_per_centroid=TRAINING_PER_CELL + 1,
+        )
+        kmeans.train(projected)
+        centroids = np.array(kmeans.centroids, dtype=np.float32)
+    cells = Cells(projection, centroids, np.full(count, 1 / count, np.float32))
+    members = np.bincount(cells.homes(sample), minlength=count) + 1.0
+    return replace(cells, sizes=np.asarray(members / members.sum(), np.float32))
+
+
+@numba.njit(cache=True, nogil=True)
+def _within(
+    scores: np.ndarray, homes: np.ndarray, handicap: np.ndarray, reach: np.float32
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and cells, but for the homes, whose score less its handicap is within `reach` of the row's best score."""
+    width = scores.shape[1]
+    rows = np.empty(16 * len(scores) + width, np.int64)
+    cells = np.empty(len(rows), np.int32)
+    count, one, none = np.uint64(0), np.uint64(1), np.uint64(0)
+    for row in range(len(scores)):
+        if count + np.uint64(width) > np.uint64(len(rows)):
+            more_rows, more_cells = np.empty(2 * len(rows) + width, np.int64), np.empty(2 * len(rows) + width, np.int32)
+            more_rows[:count], more_cells[:count] = rows[:count], cells[:count]
+            rows, cells = more_rows, more_cells
+        mine = scores[row]
+        least = mine[homes[row]] - reach
+        for cell in range(width):
+            rows[count] = row
+            cells[count] = cell
+            count += one if (mine[cell] - handicap[cell] >= least) & (cell != homes[row]) else none
+    return rows[:count].copy(), cells[:count].copy()
