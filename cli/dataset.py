@@ -6,7 +6,6 @@ import typer
 
 from cli import session
 from cli.options import config_options
-from cli.terminal import ProgressDisplay
 from curation import storage
 from curation.errors import UserError
 from pipelines.stages import manifest as manifest_stage
@@ -28,12 +27,16 @@ def register(app: typer.Typer) -> None:
         overrides: dict[str, Any],
     ) -> None:
         """Write the manifest: one row per image of the mix with its provenance, and the data card beside it."""
-        root = _existing(run, "manifest")
+        root = _given(run, "manifest")
         config = session.resolve(manifest_stage.ManifestConfig, root, "manifest", overrides)
-        with ProgressDisplay(quiet=json) as display:
-            context = session.context(root, rebuild=rebuild, ray_address=ray_address, workers=workers, display=display)
-            outcome = manifest_stage.execute(context, config)
-        session.print_outcome(outcome, json)
+        session.carry_out(
+            lambda context: manifest_stage.execute(context, config),
+            json,
+            run=root,
+            rebuild=rebuild,
+            ray_address=ray_address,
+            workers=workers,
+        )
 
     @app.command("report", epilog="Example: curate report runs/demo --max-megabytes 20")
     @config_options(report_stage.ReportConfig)
@@ -47,19 +50,21 @@ def register(app: typer.Typer) -> None:
         overrides: dict[str, Any],
     ) -> None:
         """Write RUN/report: a page with counts and pictures of every stage, which opens from disk."""
-        root = _existing(run, "report")
+        root = _given(run, "report")
         config = session.resolve(report_stage.ReportConfig, root, "report", overrides)
-        with ProgressDisplay(quiet=json) as display:
-            context = session.context(root, rebuild=rebuild, ray_address=ray_address, workers=workers, display=display)
-            outcome = report_stage.execute(context, config)
-        session.print_outcome(outcome, json)
+        outcome = session.carry_out(
+            lambda context: report_stage.execute(context, config),
+            json,
+            run=root,
+            rebuild=rebuild,
+            ray_address=ray_address,
+            workers=workers,
+        )
         if not json:
             typer.echo(storage.join(outcome.out, report_stage.PAGE))
 
 
-def _existing(run: str | None, command: str) -> str:
+def _given(run: str | None, command: str) -> str:
     if run is None:
         raise UserError(f"give a run directory: curate {command} RUN")
-    if not storage.exists(run):
-        raise UserError(f"{run}: no such run directory; `curate run CONFIG` or `curate download` makes one")
     return run

@@ -6,9 +6,7 @@ import typer
 
 from cli import session
 from cli.options import config_options
-from cli.terminal import ProgressDisplay
 from curation.errors import UserError
-from pipelines import lock
 from pipelines.context import Outcome
 from pipelines.stages import dedup
 from pipelines.stages.dedup import DedupConfig
@@ -58,22 +56,17 @@ def register(app: typer.Typer) -> None:
         config = session.resolve(DedupConfig, run, "dedup", overrides)
         if against:
             config = config.model_copy(update={"against": list(against)})
-        with ProgressDisplay(quiet=as_json) as display:
-            context = session.context(
-                run,
-                out=out,
-                seed=seed,
-                rebuild=rebuild,
-                ray_address=ray_address,
-                workers=workers,
-                memory_per_worker=memory_per_worker,
-                display=display,
-            )
-            if run is not None and not context.run.exists():
-                raise UserError(f"{run}: no such run directory; `curate download` or `curate import` makes one")
-            with lock.hold(context.run.root):
-                outcome = dedup.execute(context, config, embeddings=embeddings)
-        session.print_outcome(outcome, as_json)
+        outcome = session.carry_out(
+            lambda context: dedup.execute(context, config, embeddings=embeddings),
+            as_json,
+            run=run,
+            out=out,
+            seed=seed,
+            rebuild=rebuild,
+            ray_address=ray_address,
+            workers=workers,
+            memory_per_worker=memory_per_worker,
+        )
         if not as_json:
             for line in reference_lines(outcome):
                 typer.echo(line)

@@ -6,9 +6,7 @@ import typer
 
 from cli import session
 from cli.options import config_options
-from cli.terminal import ProgressDisplay
 from curation.errors import UserError
-from pipelines import lock
 from pipelines.stages import embed
 from pipelines.stages.embed import EmbedConfig
 
@@ -67,18 +65,13 @@ def register_embed(app: typer.Typer) -> None:
         if model is not None:
             overrides["models"] = model
         config = session.resolve(EmbedConfig, run, "embed", overrides)
-        with ProgressDisplay(quiet=as_json) as display:
-            context = session.context(
-                run,
-                out=out,
-                rebuild=rebuild,
-                ray_address=ray_address,
-                workers=workers,
-                memory_per_worker=memory_per_worker,
-                display=display,
-            )
-            if run is not None and not context.run.exists():
-                raise UserError(f"{run}: no such run directory; `curate download` or `curate import` makes one")
-            with lock.hold(context.run.root):
-                outcome = embed.execute(context, config, images=images)
-        session.print_outcome(outcome, as_json)
+        session.carry_out(
+            lambda context: embed.execute(context, config, images=images),
+            as_json,
+            run=run,
+            out=out,
+            rebuild=rebuild,
+            ray_address=ray_address,
+            workers=workers,
+            memory_per_worker=memory_per_worker,
+        )

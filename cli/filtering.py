@@ -6,9 +6,7 @@ import typer
 
 from cli import session
 from cli.options import config_options
-from cli.terminal import ProgressDisplay
 from curation.errors import UserError
-from pipelines import lock
 from pipelines.stages import filter as filter_stage
 from pipelines.stages.filter import FilterConfig
 
@@ -40,18 +38,13 @@ def register_filter(app: typer.Typer) -> None:
         if run is None:
             raise UserError("give the run directory: curate filter RUN")
         config = session.resolve(FilterConfig, run, "filter", overrides)
-        with ProgressDisplay(quiet=as_json) as display:
-            context = session.context(
-                run,
-                seed=seed,
-                rebuild=rebuild,
-                ray_address=ray_address,
-                workers=workers,
-                memory_per_worker=memory_per_worker,
-                display=display,
-            )
-            if not context.run.exists():
-                raise UserError(f"{run}: no such run directory; `curate download` or `curate import` makes one")
-            with lock.hold(context.run.root):
-                outcome = filter_stage.execute(context, config)
-        session.print_outcome(outcome, as_json)
+        session.carry_out(
+            lambda context: filter_stage.execute(context, config),
+            as_json,
+            run=run,
+            seed=seed,
+            rebuild=rebuild,
+            ray_address=ray_address,
+            workers=workers,
+            memory_per_worker=memory_per_worker,
+        )

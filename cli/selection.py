@@ -10,10 +10,7 @@ import typer
 
 from cli import session
 from cli.options import config_options
-from cli.terminal import ProgressDisplay
-from curation import storage
 from curation.errors import UserError
-from pipelines import lock
 from pipelines.context import Context, Outcome
 from pipelines.stages import balance, cluster, mix, retrieve
 from pipelines.stages.balance import BalanceConfig
@@ -195,14 +192,7 @@ def _mix(
 
 
 def _carry_out(stage: Callable[[Context], Outcome], as_json: bool, *, run: str | None, **surroundings: Any) -> None:
-    """Run a stage under the lock of its folder and print what it did."""
-    if run is not None and not storage.exists(run):
-        raise UserError(f"{run}: no such run directory; `curate download` or `curate import` makes one")
-    with ProgressDisplay(quiet=as_json) as display:
-        context = session.context(run, display=display, **surroundings)
-        with lock.hold(context.run.root):
-            outcome = stage(context)
-    session.print_outcome(outcome, as_json)
+    outcome = session.carry_out(stage, as_json, run=run, **surroundings)
     if not as_json:
         for group in ("seed_sets", "sources"):
             for name, counts in outcome.summary.get(group, {}).items():

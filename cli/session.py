@@ -1,5 +1,6 @@
 """From options to a stage's context and back to the screen: what every stage command shares."""
 
+from collections.abc import Callable
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +10,7 @@ from cli.options import split_lists
 from cli.terminal import ProgressDisplay, print_result
 from curation import storage
 from curation.errors import UserError
-from pipelines import configuration
+from pipelines import configuration, lock
 from pipelines.context import Context, Outcome, Resources
 from pipelines.events import Events
 from pipelines.run_directory import RunDirectory
@@ -82,6 +83,23 @@ def context(
         rebuild=rebuild,
         out=out if run is None else None,
     )
+
+
+def carry_out(stage: Callable[[Context], Outcome], as_json: bool, *, run: str | None, **surroundings: Any) -> Outcome:
+    """Run a stage under the lock of its folder and print what it did. surroundings: as `context` takes them.
+
+    Raises UserError for a run directory that is not there.
+    """
+    if run is not None and not storage.exists(run):
+        raise UserError(
+            f"{run}: no such run directory; `curate run CONFIG`, `curate download` or `curate import` makes one"
+        )
+    with ProgressDisplay(quiet=as_json) as display:
+        made = context(run, display=display, **surroundings)
+        with lock.hold(made.run.root):
+            outcome = stage(made)
+    print_outcome(outcome, as_json)
+    return outcome
 
 
 def print_outcome(outcome: Outcome, as_json: bool) -> None:
