@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 from curation import storage
 from curation.duplicates import components, medoid, split
 from curation.duplicates.forest import EDGE
-from curation.duplicates.join import Spread
 from curation.duplicates.members import Members
 from curation.duplicates.scratch import Scratch
+from curation.duplicates.tasks import Spread
 from curation.vectors import open_parquet
 from pipelines.duplicate_forests import StoredForest
 from pipelines.run_directory import Generation
@@ -93,7 +93,7 @@ def choose(
     if by_mean:
         chosen = medoid.medoids(pool, labels, scratch, spread, memory_bytes)
     elif value is not None:
-        chosen = components.best_members(labels, np.where(fresh, value, -np.inf) if earlier else value)
+        chosen = components.best_members(labels, value, fresh.view(np.uint8) if earlier else None)
     else:
         chosen = components.earliest_members(labels)
     return Choice(labels, _with_older(labels, chosen, before, fresh), links, cuts, 0, bridged)

@@ -16,9 +16,9 @@ import pyarrow.parquet as pq
 from curation import storage
 from curation.duplicates import join
 from curation.duplicates.forest import ForestMerger, Nodes, chunked, from_table, to_table
-from curation.duplicates.join import JoinOptions, Spread
 from curation.duplicates.members import Members
 from curation.duplicates.scratch import Scratch
+from curation.duplicates.tasks import JoinOptions, Spread
 from curation.vectors import open_parquet
 from pipelines.context import Context, MadeOtherwiseError
 from pipelines.run_directory import Generation, RunDirectory, StageDirectory

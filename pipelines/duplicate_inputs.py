@@ -1,10 +1,12 @@
 """What dedup works on: the copy embeddings of a run, or folders of Parquet from elsewhere.
 
-The driver holds some 30 bytes per image: ids, places in their files, one number to choose representatives by.
+Per image: its id (8 B), its place in its file (4 B) and one number to choose representatives by (8 B), in columns that
+the kernel may page out (`pipelines/columns.py`).
 """
 
+from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +17,7 @@ from curation.duplicates.members import Members, Piece, bundled, file_pieces, ra
 from curation.errors import UserError
 from curation.vectors import VectorSet
 from pipelines import embedded
+from pipelines.columns import Empty
 from pipelines.context import Context
 from pipelines.image_parts import read_images, role
 from pipelines.run_directory import Generation
@@ -38,31 +41,32 @@ class InputPart:
     """The generation of filter that wrote it."""
 
 
-@dataclass
 class Rows:
-    """Some rows of some parts: ids, places in the parts' files."""
+    """Some rows of some parts: ids, places in the parts' files. At most `room` of them."""
 
-    parts: list[int] = field(default_factory=list)
-    ids: list[np.ndarray] = field(default_factory=list)
-    positions: list[np.ndarray] = field(default_factory=list)
+    def __init__(self, room: int, empty: Empty) -> None:
+        self.parts: list[int] = []
+        self.ids: list[np.ndarray] = []
+        self.positions: list[np.ndarray] = []
+        self.count = 0
+        self._ids, self._positions = empty(room, "<u8"), empty(room, "<u4")
 
     def add(self, part: int, ids: np.ndarray, positions: np.ndarray) -> None:
         if len(ids):
+            span = slice(self.count, self.count + len(ids))
+            self._ids[span], self._positions[span] = ids, positions
             self.parts.append(part)
-            self.ids.append(ids)
-            self.positions.append(positions.astype(np.uint32))
-
-    @property
-    def count(self) -> int:
-        return sum(len(i) for i in self.ids)
+            self.ids.append(self._ids[span])
+            self.positions.append(self._positions[span])
+            self.count = span.stop
 
     def all_ids(self) -> np.ndarray:
         """(n,) uint64, in the order they were added."""
-        return np.concatenate(self.ids) if self.ids else np.empty(0, np.uint64)
+        return self._ids[: self.count]
 
-    def where(self, mask: np.ndarray) -> "Rows":
+    def where(self, mask: np.ndarray, empty: Empty) -> "Rows":
         """The rows at which `mask` (n,) bool is true."""
-        found, begin = Rows(), 0
+        found, begin = Rows(int(mask.sum()), empty), 0
         for part, ids, positions in zip(self.parts, self.ids, self.positions, strict=True):
             mine = mask[begin : begin + len(ids)]
             found.add(part, ids[mine], positions[mine])
@@ -70,18 +74,20 @@ class Rows:
         return found
 
 
-def merged(one: Rows, other: Rows) -> Rows:
+def merged(one: Rows, other: Rows, empty: Empty) -> Rows:
     """Rows of both, part by part, in the order of their places."""
-    found = Rows()
-    for part in sorted({*one.parts, *other.parts}):
-        ids, positions = [], []
-        for rows in (one, other):
-            for k, owner in enumerate(rows.parts):
-                if owner == part:
-                    ids.append(rows.ids[k])
-                    positions.append(rows.positions[k])
-        order = np.argsort(np.concatenate(positions), kind="stable")
-        found.add(part, np.concatenate(ids)[order], np.concatenate(positions)[order])
+    if not other.count:
+        return one
+    found = Rows(one.count + other.count, empty)
+    owners: dict[int, list[tuple[Rows, int]]] = {}
+    for rows in (one, other):
+        for k, part in enumerate(rows.parts):
+            owners.setdefault(part, []).append((rows, k))
+    for part in sorted(owners):
+        ids = np.concatenate([rows.ids[k] for rows, k in owners[part]])
+        positions = np.concatenate([rows.positions[k] for rows, k in owners[part]])
+        order = np.argsort(positions, kind="stable")
+        found.add(part, ids[order], positions[order])
     return found
 
 
@@ -169,20 +175,20 @@ def _told(parts: Sequence[InputPart], fresh: Collection[int] | None) -> Sequence
     return parts if fresh is None else [replace(part, fresh=part.generation in fresh) for part in parts]
 
 
-def from_folders(folder: str, against: Sequence[str], representative: str) -> Inputs:
+def from_folders(folder: str, against: Sequence[str], representative: str, empty: Empty) -> Inputs:
     """Plain Parquet: every row of `folder` is pool, every folder of `against` ([NAME=]DIR) a reference set."""
     opened, named = embedded.folder_parts(folder)
     parts = [InputPart(part.name, part.path, None, True) for part in named if part.rows]
-    pool = _all_rows(opened)
+    pool = _all_rows(opened, empty)
     vectors.refuse_repeated_ids(pool.all_ids(), folder)
-    found = Inputs(parts, opened.dimension, opened.dtype == "halffloat", pool, Rows(), [], [], [])
+    found = Inputs(parts, opened.dimension, opened.dtype == "halffloat", pool, Rows(0, empty), [], [], [])
     for entry in against:
         name, path = reference_name(entry)
         if name in found.reference_names:
             raise UserError(f"--against: {name} is given twice; name the sets apart with NAME=DIR")
         other = vectors.open_folder(path)
         vectors.refuse_other_model(opened, other, folder, path)
-        rows = _all_rows(other, len(found.reference_files))
+        rows = _all_rows(other, empty, len(found.reference_files))
         vectors.refuse_repeated_ids(rows.all_ids(), path)
         if other.dtype != opened.dtype:
             raise UserError(f"{path} holds {other.dtype} vectors, {folder} {opened.dtype}: store both in one type")
@@ -202,7 +208,7 @@ def reference_name(entry: str) -> tuple[str, str]:
     return entry.rstrip("/").rsplit("/", 1)[-1], entry
 
 
-def from_run(context: Context, generation: Generation, representative: str) -> Inputs:
+def from_run(context: Context, generation: Generation, representative: str, empty: Empty) -> Inputs:
     """The images that filter left, with the copy embeddings that score made, of all generations up to this one."""
     sources = {s.name: s for s in context.run.sources()}
     earlier = [g for g in context.stage(generation.fingerprint.stage).generations() if g.number < generation.number]
@@ -229,12 +235,26 @@ def from_run(context: Context, generation: Generation, representative: str) -> I
     opened = vectors.open_files(files)
     names = [s.label for s in sources.values() if s.role == "reference"]
     _refuse_too_many(names)
+    room: Counter[str] = Counter()
+    numbered = {s.number: s.name for s in sources.values()}
+    for file in opened.partitions:
+        number = embedded.source_number(file.path.rsplit("/", 1)[-1])
+        name = numbered.get(-1 if number is None else number, "pool")
+        room[name] += file.rows
+        room[role(name)] += file.rows if ":" in name else 0
     found = Inputs(
-        parts, opened.dimension, opened.dtype == "halffloat", Rows(), Rows(), [Rows() for _ in names], names, parts
+        parts,
+        opened.dimension,
+        opened.dtype == "halffloat",
+        Rows(room["pool"], empty),
+        Rows(room["seed"], empty),
+        [Rows(room[f"reference:{name}"], empty) for name in names],
+        names,
+        parts,
     )
     column = representative.removeprefix("column:") if representative.startswith("column:") else None
     wanted = ["width", "height"] if representative == "resolution" else [column] if column else []
-    values: list[np.ndarray] = []
+    values = empty(room["pool"] if wanted else 0, "<f8")
     copies: list[tuple[np.ndarray, np.ndarray]] = []
     for index, part in enumerate(parts):
         assert part.images is not None
@@ -258,24 +278,24 @@ def from_run(context: Context, generation: Generation, representative: str) -> I
         for name in dict.fromkeys(names_of_rows.tolist()):
             mine = usable & (names_of_rows == name)
             if role(name) == "pool":
+                begin = found.pool.count
                 found.pool.add(index, ids[mine], place[mine])
                 if wanted:
-                    values.append(_value(table, wanted)[mine])
+                    values[begin : found.pool.count] = _value(table, wanted)[mine]
             elif role(name) == "seed" and not sources[name].exempt:
                 found.seeds.add(index, ids[mine], place[mine])
             elif role(name) == "reference":
                 found.references[names.index(name.split(":", 1)[1])].add(index, ids[mine], place[mine])
-    found.value = np.concatenate(values) if values else None
+    found.value = values[: found.pool.count] if wanted else None
     found.copies = _roots(copies)
     return found
 
 
-def _all_rows(opened: VectorSet, first_part: int = 0) -> Rows:
-    rows = Rows()
-    ids = opened.all_ids()
+def _all_rows(opened: VectorSet, empty: Empty, first_part: int = 0) -> Rows:
+    rows = Rows(opened.rows, empty)
     for index, part in enumerate(opened.partitions):
-        mine = ids[part.first_row : part.first_row + part.rows]
-        rows.add(first_part + index, mine, np.arange(part.rows))
+        ids = replace(opened, partitions=(part,)).all_ids()
+        rows.add(first_part + index, ids, np.arange(part.rows))
     return rows
 
 

@@ -8,10 +8,11 @@ import numpy as np
 
 from curation.duplicates import relative
 from curation.duplicates.forest import ForestMerger, Nodes
-from curation.duplicates.join import JoinOptions
 from curation.duplicates.relative import Decontamination, RelativeJoin, decontaminate
 from curation.duplicates.scratch import Scratch
+from curation.duplicates.tasks import JoinOptions
 from pipelines import duplicate_inputs
+from pipelines.columns import empty_in
 from pipelines.context import Context
 from pipelines.duplicate_forests import SWEEP, put_cells, side_forest, spread_of, stored_cells
 from pipelines.duplicate_inputs import Inputs
@@ -63,7 +64,8 @@ def join_relative(
     most: int,
 ) -> Relative:
     """Join, merge with the forest of the generation before, decide. stays: (pool rows,) bool in their order."""
-    images = duplicate_inputs.merged(inputs.pool.where(stays), inputs.seeds)
+    empty = empty_in(generation.directory)
+    images = duplicate_inputs.merged(inputs.pool.where(stays, empty), inputs.seeds, empty)
     ids, places = duplicate_inputs.ranked(images)
     ranked = [duplicate_inputs.ranked(rows) for rows in inputs.references]
     nodes = Nodes((ids, *(i for i, _ in ranked)))

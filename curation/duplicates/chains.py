@@ -12,8 +12,8 @@ import numpy as np
 
 from curation.duplicates.components import component_sizes
 from curation.duplicates.forest import EDGE, Nodes, cut, path, pieces_of
-from curation.duplicates.join import Spread, gather, serial
 from curation.duplicates.members import Members
+from curation.duplicates.tasks import Spread, gather, serial
 from curation.order import hash_keys, take_hashed
 
 COMPONENTS = 100

@@ -57,13 +57,20 @@ def component_sizes(labels: np.ndarray) -> np.ndarray:
     return np.asarray(_sizes(labels))
 
 
-def best_members(labels: np.ndarray, value: np.ndarray) -> np.ndarray:
-    """Each component's member with the largest value (ties: the smallest node).
+def first_members(labels: np.ndarray, value: np.ndarray, rank: np.ndarray | None = None) -> np.ndarray:
+    """By label, each component's member of the highest rank, then the largest value, then the smallest node.
 
-    labels: (n,) uint32 as from `components`. value: (n,) numbers, NaN counts as the smallest. Returns (n,) bool.
+    labels: (n,) uint32 as from `components`. value: (n,) numbers, NaN counts as the smallest. rank: (n,) uint8; None:
+    all equal. Returns (n,) uint32; what is no label names itself.
     """
-    comparable = np.where(np.isnan(value), -np.inf, value) if value.dtype.kind == "f" else value
-    return np.asarray(_best(labels, np.ascontiguousarray(comparable)))
+    return np.asarray(_first(labels, value, np.zeros(1, np.uint8) if rank is None else rank))
+
+
+def best_members(labels: np.ndarray, value: np.ndarray, rank: np.ndarray | None = None) -> np.ndarray:
+    """(n,) bool: the `first_members`."""
+    kept = np.zeros(len(labels), bool)
+    kept[first_members(labels, value, rank)[earliest_members(labels)]] = True
+    return kept
 
 
 def earliest_members(labels: np.ndarray) -> np.ndarray:
@@ -167,14 +174,16 @@ def _counts(sizes: np.ndarray) -> tuple[int, int]:
 
 
 @numba.njit(cache=True, nogil=True)
-def _best(labels: np.ndarray, value: np.ndarray) -> np.ndarray:
-    chosen = np.arange(len(labels)).astype(np.uint32)
+def _first(labels: np.ndarray, value: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    first = np.arange(len(labels)).astype(np.uint32)
+    ranked = len(rank) == len(labels)
     for node in range(len(labels)):
-        label = labels[node]
-        if value[node] > value[chosen[label]]:
-            chosen[label] = node
-    kept = np.zeros(len(labels), np.bool_)
-    for node in range(len(labels)):
-        if labels[node] == node:
-            kept[chosen[node]] = True
-    return kept
+        rival = first[labels[node]]
+        if ranked and rank[node] != rank[rival]:
+            better = rank[node] > rank[rival]
+        else:
+            # NaN is unequal to itself, and smaller than any number.
+            better = value[node] > value[rival] or (value[rival] != value[rival] and value[node] == value[node])
+        if better:
+            first[labels[node]] = node
+    return first

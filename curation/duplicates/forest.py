@@ -8,7 +8,7 @@ to the forest of the whole.
 Inside an algorithm a node is a dense number in (space, id) order: space 0 the pool, space n the n-th reference set.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numba
@@ -90,14 +90,16 @@ def pieces_of(forest: np.ndarray | Iterable[np.ndarray]) -> Iterable[np.ndarray]
     return (forest,) if isinstance(forest, np.ndarray) else forest
 
 
-def nearest(forest: np.ndarray | Iterable[np.ndarray], count: int) -> tuple[np.ndarray, np.ndarray]:
+def nearest(
+    forest: np.ndarray | Iterable[np.ndarray], count: int, empty: Callable[[int, str], np.ndarray] = np.empty
+) -> tuple[np.ndarray, np.ndarray]:
     """Each node's most similar neighbour in the graph the forest was made of (ties: the smallest node).
 
     By the cut property a node's best edge is in the forest. Returns (count,) uint32 with NOBODY for none, and
-    (count,) float32 with NaN.
+    (count,) float32 with NaN. empty: where the two arrays come from.
     """
-    best = np.full(count, NOBODY, np.uint32)
-    similarity = np.full(count, np.nan, np.float32)
+    best, similarity = empty(count, "<u4"), empty(count, "<f4")
+    best[:], similarity[:] = NOBODY, np.nan
     for rows in pieces_of(forest):
         _take_nearest(rows["low"], rows["high"], rows["similarity"], best, similarity)
     return best, similarity

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from curation.duplicates.components import component_sizes
-from curation.duplicates.join import Spread
 from curation.duplicates.members import Bundle, Members, Piece
 from curation.duplicates.scratch import Reader, Scratch
+from curation.duplicates.tasks import Spread
 
 LABELS = "component labels"
 

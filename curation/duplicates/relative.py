@@ -15,20 +15,11 @@ import numpy as np
 from curation import products
 from curation.duplicates.components import components
 from curation.duplicates.forest import EDGE, ForestMerger, edges
-from curation.duplicates.join import (
-    JoinOptions,
-    Reducer,
-    Spread,
-    Tile,
-    collect,
-    exact_join,
-    self_join,
-    serial,
-    store,
-    tiles,
-)
+from curation.duplicates.join import self_join
 from curation.duplicates.members import Bundle, Members, Piece
 from curation.duplicates.scratch import Reader, Scratch
+from curation.duplicates.tasks import JoinOptions, Reducer, Spread, collect, serial
+from curation.duplicates.tiles import Tile, exact_join, store, tiles
 
 HITS_PER_SET = 8
 HIT = np.dtype([("node", "<u4"), ("reference", "<u4"), ("similarity", "<f4")])

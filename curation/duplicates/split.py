@@ -14,12 +14,12 @@ import numpy as np
 
 from curation import products, vectors
 from curation.duplicates import grouped
-from curation.duplicates.components import component_sizes, components
+from curation.duplicates.components import component_sizes, components, first_members
 from curation.duplicates.forest import cut, ordered, pieces_of
 from curation.duplicates.grouped import Grouped
-from curation.duplicates.join import Spread, serial
 from curation.duplicates.members import Members
 from curation.duplicates.scratch import Reader, Scratch
+from curation.duplicates.tasks import Spread, serial
 
 TABLE_MEMBERS = 2048
 """Components of at most so many members are elected from one table of all their similarities."""
@@ -37,41 +37,38 @@ def fitting(forest: np.ndarray, count: int, threshold: float, most: int) -> tupl
 
     forest: (m,) EDGE. A component too large is cut at its weakest similarity, the pieces too large again, and so on:
     what stays are the largest components of any higher threshold that fit. Images whose similarities are all equal
-    (equal vectors) cannot be cut without being taken apart, and stay together whatever their number. Per component
-    cut: its label, images, `cut_at` (the highest similarity cut), pieces, the largest one, and whether that one is
-    `uncut`, too large still.
+    (equal vectors) cannot be cut without being taken apart, and stay together whatever their number. Per component that
+    was too large: its label, images, `cut_at` (the highest similarity cut, None for none), pieces, the largest one, and
+    whether that one is `uncut`, too large still.
     """
     rows = cut(forest, threshold)
     if len(rows) and (np.diff(rows["similarity"]) > 0).any():
         rows = ordered(rows)
     kept = _fitting(rows["low"], rows["high"], rows["similarity"], count, most)
     fits = rows[kept]
-    whole = components(rows, count)
-    gone = rows[~kept]
-    if not len(gone):
+    whole, pieces, gone = components(rows, count), components(fits, count), rows[~kept]
+    large = np.flatnonzero(component_sizes(whole) > most)
+    if not len(large):
         return fits, []
-    pieces = components(fits, count)
-    label, at = np.unique(whole[gone["low"]], return_inverse=True)
-    highest = np.full(len(label), -np.inf, np.float32)
-    np.maximum.at(highest, at, gone["similarity"])
-    place = np.minimum(np.searchsorted(label, whole), len(label) - 1)
-    mine = np.flatnonzero(label[place] == whole)
-    sizes = component_sizes(pieces)
+    highest = np.full(len(large), -np.inf, np.float32)
+    np.maximum.at(highest, np.searchsorted(large, whole[gone["low"]]), gone["similarity"])
+    place = np.minimum(np.searchsorted(large, whole), len(large) - 1)
+    mine = np.flatnonzero(large[place] == whole)
     roots = mine[pieces[mine] == mine]
-    number = np.bincount(place[roots], minlength=len(label))
-    largest = np.zeros(len(label), np.int64)
-    np.maximum.at(largest, place[roots], sizes[roots])
-    images = np.bincount(place[mine], minlength=len(label))
+    number = np.bincount(place[roots], minlength=len(large))
+    largest = np.zeros(len(large), np.int64)
+    np.maximum.at(largest, place[roots], component_sizes(pieces)[roots])
+    images = np.bincount(place[mine], minlength=len(large))
     return fits, [
         {
-            "label": int(label[k]),
+            "label": int(large[k]),
             "images": int(images[k]),
-            "cut_at": float(highest[k]),
+            "cut_at": float(highest[k]) if number[k] > 1 else None,
             "pieces": int(number[k]),
             "largest": int(largest[k]),
             "uncut": bool(largest[k] > most),
         }
-        for k in range(len(label))
+        for k in range(len(large))
     ]
 
 
@@ -141,8 +138,8 @@ def stars(
     """
     sizes = component_sizes(labels)
     rank = np.zeros(len(labels), np.uint8) if election.rank is None else election.rank
-    value = _comparable(election, len(labels))
-    first = _first(labels, value, rank)
+    value = np.zeros(len(labels), np.int8) if election.value is None else election.value
+    first = first_members(labels, value, rank)
     elected = np.zeros(len(labels), bool)
     wanted = sizes[labels] > 1
     if not election.by_mean:
@@ -165,23 +162,6 @@ def stars(
         result[nodes] = groups
         elected[chosen] = True
     return result, elected
-
-
-def _comparable(election: Election, count: int) -> np.ndarray:
-    if election.value is None:
-        return np.zeros(count, np.int8)
-    value = election.value
-    return np.where(np.isnan(value), -np.inf, value) if value.dtype.kind == "f" else value
-
-
-@numba.njit(cache=True, nogil=True)
-def _first(labels: np.ndarray, value: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    first = np.arange(len(labels)).astype(np.uint32)
-    for node in range(len(labels)):
-        rival = first[labels[node]]
-        if rank[node] > rank[rival] or (rank[node] == rank[rival] and value[node] > value[rival]):
-            first[labels[node]] = node
-    return first
 
 
 @numba.njit(cache=True, nogil=True)
@@ -217,7 +197,8 @@ def elect(
     reader = Reader(stored.scratch)
     parts = [(labels, nodes) for labels, nodes, _ in stored.slices(reader, low, high)]
     labels, nodes = (np.concatenate(column) for column in zip(*parts, strict=True))
-    value = np.array(reader.get(ELECTION, "value")[nodes])
+    value = reader.get(ELECTION, "value")[nodes].astype(np.float64)
+    value[np.isnan(value)] = -np.inf
     rank = np.array(reader.get(ELECTION, "rank")[nodes])
     if len(nodes) > room:
         found = _Component(stored, reader, low, high, nodes, value, rank)
@@ -261,7 +242,7 @@ class _Loaded:
     def elect(self, threshold: float, half: bool, by_mean: bool, room: int) -> np.ndarray:
         """(n,) int64: who each member belongs to, itself for the elected."""
         value = self._products_with_sum(room) if by_mean else self.value
-        order = np.lexsort((self.nodes, -value.astype(np.float64), -self.rank.astype(np.int16)))
+        order = np.lexsort((self.nodes, -value, -self.rank.astype(np.int16)))
         if len(order) <= TABLE_MEMBERS:
             return _from_table(_above(self.take(np.arange(len(order))), threshold), order, self.rank == STAYS)
         return self._in_batches(order, threshold, half, room)

@@ -6,9 +6,12 @@ tables again and keeps a search that covers what is asked. The relative graph (`
 belongs to one self threshold and is joined again with it. A later generation joins its new images with themselves and
 all older ones; rows written before stay as they are.
 
-Memory: the driver holds, per pool image, its id (8 B; twice where the parts are not in id order), its place in its
-part (4 B), the number the representative is chosen by (8 B), labels, sizes and the nearest neighbour's number and
-similarity (4 B each), and flags; forests are read file by file, but while they are merged (12 B an edge, twice).
+Memory of the driver, per pool image: the union-find (4 B), which becomes the labels; at times two more arrays of 4 B
+(sizes, the first of each component); flags (4 B). Ids (8 B), places in files (4 B; nodes 4 B more where parts are not
+in id order), the number representatives are chosen by (8 B) and the nearest neighbours (8 B) lie in files that the
+kernel pages. Per kept image, where there are reference sets: ids and places again in such files, labels and flags
+(7 B). Forests are read file by file, but while a later generation's is merged (12 B an edge, three times), with
+`max_component`, and in the relative graph (12 B an edge).
 """
 
 from collections.abc import Mapping, Sequence
@@ -125,11 +128,13 @@ def _deduplicate(
     context: Context, config: DedupConfig, generation: Generation, searching: "Search", embeddings: str | None
 ) -> Outcome:
     from pipelines import duplicate_inputs
+    from pipelines.columns import empty_in
 
+    empty = empty_in(generation.directory)
     known = (
-        duplicate_inputs.from_folders(embeddings, config.against, config.representative)
+        duplicate_inputs.from_folders(embeddings, config.against, config.representative, empty)
         if embeddings is not None
-        else duplicate_inputs.from_run(context, generation, config.representative)
+        else duplicate_inputs.from_run(context, generation, config.representative, empty)
     )
     if known.note:
         context.events.emit("message", NAME, text=known.note)
@@ -180,6 +185,7 @@ class _Dedup:
 
         from curation.duplicates import chains, components, forest, members
         from pipelines import duplicate_inputs
+        from pipelines.columns import empty_in
         from pipelines.duplicate_choice import BRIDGED, BRIDGED_LISTED, choose
         from pipelines.duplicate_forests import SWEEP, json_bytes, put_forest, scratch_of, spread_of
         from pipelines.duplicate_relative import FOREST, join_relative
@@ -199,7 +205,7 @@ class _Dedup:
         fresh[place] = inputs.fresh(inputs.pool)
         value = inputs.value
         if value is not None and places is not None:
-            value = np.empty(len(ids), value.dtype)
+            value = empty_in(self.generation.directory)(len(ids), value.dtype.str)
             value[place] = inputs.value
         choice = choose(config, pool, self_forest, fresh, value, earlier, scratch, spread, memory_bytes)
         relative = join_relative(
@@ -234,9 +240,10 @@ class _Dedup:
         """Leave the decisions where the workers find them, and write the rows of this generation's parts."""
         from curation.duplicates import forest
         from pipelines import duplicate_tables
+        from pipelines.columns import empty_in
 
         inputs = self.inputs
-        nearest, similarity = forest.nearest(self_forest, nodes.count)
+        nearest, similarity = forest.nearest(self_forest, nodes.count, empty_in(self.generation.directory))
         hits = relative.join.hits
         copies, originals = inputs.copies
         scratch.put(
@@ -311,7 +318,7 @@ class _Dedup:
             "not_above_threshold_to_representative": told["members"]["not_above_threshold_to_representative"],
         }
         if config.max_component is not None:
-            found["components_cut"] = len(choice.cuts)
+            found["components_cut"] = sum(one["pieces"] > 1 for one in choice.cuts)
             found["components_too_large"] = sum(one["uncut"] for one in choice.cuts)
         if config.split == "star":
             found["components_by_stars"] = choice.stars

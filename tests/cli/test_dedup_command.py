@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -109,3 +110,43 @@ def test_vectors_without_direction_are_refused_and_the_mended_folder_is_taken(
     pq.write_table(table.take([0, 1, 2, 4]), bad / "a.parquet")
     result = curate("--embeddings", bad, "--out", tmp_path / "out")
     assert result.exit_code == 0 and "4 rows" in result.output, result.output
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_adversarial_folders_finish_or_stop_with_a_sentence(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    x = random.standard_normal((300, 32))
+
+    def summary(name: str, rows: np.ndarray, *options: str) -> dict[str, Any]:
+        made = folder(tmp_path / name, rows)
+        result = curate("--embeddings", made, "--out", tmp_path / f"{name}-out", "--json", *options)
+        assert result.exit_code == 0, result.output
+        found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])["summary"]
+        return found
+
+    equal = summary("equal", np.repeat(x[:1], 3000, axis=0), "--max-component", "10")
+    assert (equal["kept"], equal["largest_component"], equal["components_too_large"]) == (1, 3000, 1)
+    chain = np.array([np.cos(k / 8) * x[0] / 6 + np.sin(k / 8) * x[1] / 6 for k in range(100)])
+    giant = summary("giant", chain)
+    assert (giant["components"], giant["largest_component"]) == (1, 100) and giant["least_similarity"] < 0
+    stars = summary("stars", chain, "--split", "star")
+    assert stars["kept"] > 5 and stars["not_above_threshold_to_representative"] == 0
+    cut = summary("cut", chain, "--max-component", "10")
+    assert cut["largest_component"] <= 10 and cut["components_cut"] == 1
+    lone = summary("lone", x[:1])
+    assert (lone["kept"], lone["components"]) == (1, 1)
+
+
+def test_folders_that_hold_two_kinds_of_vectors_are_refused(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    for name, second in (("models", {"model": "sscd"}), ("dimensions", {"dimension": 16})):
+        made = folder(tmp_path / name, random.standard_normal((3, 32)), "mobilenet_v2")
+        other = folder(
+            tmp_path / f"{name}-2", random.standard_normal((3, second.get("dimension", 32))), "sscd", [7, 8, 9]
+        )
+        (other / "a.parquet").rename(made / "b.parquet")
+        words = ("two models",) if name == "models" else ("16 dimensions beside 32",)
+        refused(curate("--embeddings", made, "--out", tmp_path / "out"), *words)
+    refused(
+        curate("--embeddings", tmp_path / "models", "--out", tmp_path / "out", "--max-component", "1"), "max_component"
+    )

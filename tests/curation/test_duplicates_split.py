@@ -56,12 +56,12 @@ def test_components_that_fit_are_those_of_cutting_again_and_again(graph, most) -
     told = {c["label"]: c for c in cuts}
     for label in np.flatnonzero(sizes > most).tolist():
         pieces = labels[whole == label]
-        if len(np.unique(pieces)) > 1:
-            one = told.pop(label)
-            assert (one["images"], one["pieces"]) == (sizes[label], len(np.unique(pieces)))
-            assert one["largest"] == np.bincount(pieces).max() and one["uncut"] == (one["largest"] > most)
-            again = components(forest, n, one["cut_at"])[whole == label]
-            assert one["uncut"] or np.bincount(again).max() <= most
+        one = told.pop(label)
+        assert (one["images"], one["pieces"]) == (sizes[label], len(np.unique(pieces)))
+        assert one["largest"] == np.bincount(pieces).max() and one["uncut"] == (one["largest"] > most)
+        assert (one["cut_at"] is None) == (one["pieces"] == 1)
+        again = components(forest, n, one["cut_at"] or 0.5)[whole == label]
+        assert one["uncut"] or np.bincount(again).max() <= most
     assert not told
 
 

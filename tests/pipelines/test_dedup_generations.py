@@ -1,6 +1,7 @@
 """Guards against chains and later generations of `dedup`, through the stage, against naive versions."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from curation import vectors
+from curation import storage, vectors
+from curation.duplicates import cell_join, join
+from curation.duplicates.components import components
+from curation.duplicates.forest import Nodes
+from curation.duplicates.tasks import JoinOptions
 from curation.schemas import image_id
+from pipelines import duplicate_forests
 from pipelines.run_directory import RunDirectory
 from tests.pipelines.test_dedup import (
     DIMENSION,
@@ -155,3 +161,34 @@ def test_with_guards_older_representatives_stay_and_every_new_group_has_one(tmp_
     for row in (r for r in rows.values() if r["component_id"] >= image_id(1, 0)):
         groups.setdefault(row["component_id"], []).append(row["kept"])
     assert groups and all(sum(kept) == 1 for kept in groups.values()), "a component of new images alone has one"
+
+
+def components_of(images: Images) -> list[list[int]]:
+    """Labels at every threshold of the sweep."""
+    ids = np.array(sorted(images.vectors), np.uint64)
+    paths = images.run.stage("dedup-search").generations()[-1].part_paths
+    forest = duplicate_forests.StoredForest(tuple(paths), Nodes((ids,)))
+    return [components(forest, len(ids), t).tolist() for t in duplicate_forests.SWEEP if t >= 0.6]
+
+
+def test_generations_through_cells_have_the_components_of_one_search_in_the_same_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicate_forests, "JoinOptions", partial(JoinOptions, exact_multiply_adds=0))
+    monkeypatch.setattr(cell_join, "PRODUCT_NANOSECONDS", 1e9)  # cells, whatever they cost
+    x = planted(1000)[np.random.default_rng(4).permutation(1000)]
+    grown, summaries = in_run(tmp_path / "grown", x, [800, 930], recall=0.8)
+    assert [s["search"] for s in summaries] == ["cells"] * 3
+    labels = components_of(grown)
+    search = grown.run.stage("dedup-search").generations()
+    data = [storage.read_bytes(g.file(duplicate_forests.CELLS)) for g in search]
+    assert data[0] == data[1] == data[2], "every generation hands the cells on"
+    cells = join.Cells.from_bytes(data[0])
+    monkeypatch.setattr(duplicate_forests, "stored_cells", lambda _earlier, _name: {"cells": cells})
+    (tmp_path / "grown" / "dedup-search" / "_stage.json").unlink()
+    dedup.execute(Reversed(run=grown.run, rebuild=True), dedup.DedupConfig(recall=0.8))
+    assert len(grown.run.stage("dedup-search").generations()) == 1 and components_of(grown) == labels
+    monkeypatch.undo()
+    (tmp_path / "grown" / "dedup-search" / "_stage.json").unlink()
+    dedup.execute(Reversed(run=grown.run, rebuild=True), dedup.DedupConfig(recall=0.8))
+    assert components_of(grown) != labels, "the cells do miss pairs here"
