@@ -94,7 +94,10 @@ def ivf(rows: np.ndarray, setting: Setting, threshold: float, phases: machine.Ph
         batch = order[first : first + BATCH]
         with phases("search"):
             chosen, coarse = lists[batch].astype(np.int64), scores[batch]
-            if setting.neighbours is None:
+            if setting.method == "ivf_pq_fastscan":
+                limits, near, other = index.range_search(rows[batch], setting.radius)
+                i, j = batch[np.repeat(np.arange(len(batch)), np.diff(limits.astype(np.int64)))], other
+            elif setting.neighbours is None:
                 limits, near, other = index.range_search_preassigned(rows[batch], setting.radius, chosen, coarse)
                 i, j = batch[np.repeat(np.arange(len(batch)), np.diff(limits.astype(np.int64)))], other
             else:
@@ -123,19 +126,24 @@ def filled(rows: np.ndarray, setting: Setting, phases: machine.Phases) -> tuple[
     faiss.omp_set_num_threads(1)
     with phases("training"):
         index = trained(rows, setting)
+    index.nprobe = setting.visits
+    if setting.method == "ivf_pq_fastscan":
+        # Its packed lists are filled by `add` alone, and its range search looks for the lists itself.
+        with phases("adding"):
+            for first in range(0, len(rows), BATCH):
+                index.add(rows[first : first + BATCH])
+        return index, np.zeros((len(rows), 1), np.int32), np.zeros((len(rows), 1), np.float32)
+    lists = np.empty((len(rows), setting.visits), np.int32)
+    scores = np.empty((len(rows), setting.visits), np.float32)
     with phases("assignment"):
-        lists = np.empty((len(rows), setting.visits), np.int32)
-        scores = np.empty((len(rows), setting.visits), np.float32)
         for first in range(0, len(rows), BATCH):
-            scores[first : first + BATCH], lists[first : first + BATCH] = index.quantizer.search(
-                rows[first : first + BATCH], setting.visits
-            )
+            block = rows[first : first + BATCH]
+            scores[first : first + BATCH], lists[first : first + BATCH] = index.quantizer.search(block, setting.visits)
     with phases("adding"):
         for first in range(0, len(rows), BATCH):
             block = np.ascontiguousarray(rows[first : first + BATCH])
             home = np.ascontiguousarray(lists[first : first + BATCH, 0], np.int64)
             index.add_core(len(block), faiss.swig_ptr(block), None, faiss.swig_ptr(home))
-        index.nprobe = setting.visits
     return index, lists, scores
 
 
@@ -160,6 +168,8 @@ def trained(rows: np.ndarray, setting: Setting) -> Any:
     if setting.coarse == "hnsw":
         index.quantizer.hnsw.efConstruction = 100
         index.quantizer.hnsw.efSearch = max(2 * (setting.visits or 64), 64)
+    if setting.method == "ivf_pq":  # else its 64 k-means take longer than everything beside
+        index.pq.cp.niter, index.pq.cp.max_points_per_centroid = setting.rounds, 64
     sample = min(len(rows), setting.points_per_list * setting.lists)
     chosen = np.sort(np.random.default_rng(0).choice(len(rows), sample, replace=False))
     index.train(rows[chosen])
