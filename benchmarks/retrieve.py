@@ -29,7 +29,7 @@ from curation import neighbours, seed_search, storage, vectors
 from curation.neighbours import Neighbours
 
 PART_ROWS = 65_536
-TUNING, EVALUATION = 300, 500
+TUNING, EVALUATION = 100, 200
 TARGET_SHARE = 1 / 10
 
 

@@ -30,7 +30,7 @@ GROUP = 32
 HIGHEST = 15
 TYPICAL = 7
 """The largest entry of a table, and what the median piece's range becomes: sums of related vectors stay below 255."""
-PIECE_DIMENSIONS = 5
+PIECE_DIMENSIONS = 2.5
 TRAINING_ROWS = 8192
 ITERATIONS = 8
 
@@ -105,7 +105,7 @@ def train(sample: np.ndarray, seed: int) -> Codebook:
 
 
 def pieces_of(dimension: int) -> int:
-    """A power of two: about a bit per dimension."""
+    """A power of two: two bits per dimension, or a little fewer."""
     count = GROUP
     while count * PIECE_DIMENSIONS < dimension:
         count *= 2

@@ -27,7 +27,7 @@ CELL_ITERATIONS = 8
 TUNING_SEEDS = 384
 SAMPLE_ROWS = 131_072
 CHUNK = 8192
-SCAN_ROWS = 512
+SCAN_ROWS = 2048
 FEW_SEEDS, FEW_ROWS = 512, 65_536
 """Below either everything is compared: codes and cells would cost more than they save."""
 EXACT_COST, CODE_COST, CODING_COST, CHECK_COST = 0.032, 0.014, 10.0, 0.12
