@@ -15,13 +15,11 @@ import numba
 import numpy as np
 
 from curation import nearest as search
-from curation.nearest import Grouping, Known, widened
-from curation.nearest import nearest_centroid as nearest_centroid
-from curation.nearest import one_thread as one_thread
+from curation.nearest import Grouping, Known, nearest_centroid, one_thread, widened
 from curation.order import generator
 from curation.seeding import CELL_POINTS, cell_seeds, seeds_due, shared_out
 
-SEEDING_POINTS = 64
+SEEDING_POINTS = 32
 """Vectors per centroid that the seeding looks at."""
 ONE_CELL = 32
 """Up to so many seeds are drawn in one chain."""
@@ -383,7 +381,15 @@ def _first(points: Points, count: int, seed: int, purpose: str, spherical: bool)
         due = seeds_due(np.bincount(labels, weights=squares, minlength=coarse), members, count)
         cells = np.split(np.argsort(labels, kind="stable"), np.cumsum(members)[:-1])
         cells, due = [cell for cell in cells if len(cell)], due[members > 0]
-    chosen = shared_out(sample.seeds(cells, due.tolist(), seed, purpose), count)
+    while True:
+        found_seeds = sample.seeds(cells, due.tolist(), seed, purpose)
+        chosen = shared_out(found_seeds, count)
+        drawn = np.array([len(rows) for rows, _ in found_seeds])
+        most = np.array([min(len(cell), CELL_POINTS) for cell in cells])
+        if len(chosen) == count or not np.any((drawn == due) & (due < most)):
+            break
+        # Cells of many repeats had few seeds to give: the others draw more.
+        due = np.where(drawn == due, np.minimum(2 * due, most), due)
     if len(chosen) < count:
         # Only repeats of the seeds are left in the cells, or what was not looked at: any will do.
         others = np.setdiff1d(np.arange(sum(sample.block_rows)), chosen)

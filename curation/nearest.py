@@ -21,7 +21,9 @@ import numpy as np
 CHUNK = 4096
 """Vectors compared at a time without bounds."""
 TILE = 256
-"""Vectors compared at a time with bounds; those of one tile share the groups looked at."""
+"""Vectors compared at a time with bounds; those of one tile share the groups of centroids looked at."""
+WORTHWHILE = 0.4
+"""Bounds that leave more than this share of the groups open are not used: one large product costs less."""
 FLAT = 16_384
 """Up to so many centroids the nearest is searched among all of them."""
 VISITS = 8
@@ -135,7 +137,7 @@ def nearest(
     halves = _half_norms(grouped)
     norms = known.norms if known else squared_norms(vectors)
     slack = _slack(vectors.shape[1], norms, halves)
-    labels = np.empty(len(vectors), np.int32)
+    labels = known.labels.copy() if known else np.empty(len(vectors), np.int32)
     lower = np.empty((len(vectors), len(groups.starts) - 1), np.float32) if grouping else None
     for rows, looked_at in _tiles(vectors, centroids, groups, known, moved, lower):
         columns, cuts = groups.columns(looked_at)
@@ -166,7 +168,7 @@ def _tiles(
     moved: np.ndarray | None,
     lower: np.ndarray | None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(rows, groups in which their nearest may lie); the bounds of the other groups are carried over to `lower`."""
+    """(rows, groups in which their nearest may lie); other rows stay, other bounds are carried over to `lower`."""
     count = len(vectors)
     every = np.arange(len(groups.starts) - 1)
     if known is None or moved is None or lower is None:
@@ -175,15 +177,24 @@ def _tiles(
     upper = (np.sqrt(squared_distances(vectors, centroids, known.labels)) * (1 + 1e-9))[:, None]
     farthest = np.maximum.reduceat(moved[groups.members], groups.starts[:-1])
     np.subtract(known.lower, (farthest * (1 + 1e-6) + 1e-6).astype(np.float32)[None, :], out=lower)
-    place = np.empty(len(groups.members), np.int64)
-    place[groups.members] = np.arange(len(place))
-    group = np.searchsorted(groups.starts, place, side="right") - 1
+    group = np.empty(len(groups.members), np.int64)
+    group[groups.members] = np.repeat(np.arange(len(every)), np.diff(groups.starts))
     open_ = lower <= upper
-    open_[np.arange(count), group[known.labels]] = True
-    order = np.argsort(place[known.labels], kind="stable")
-    for start in range(0, count, TILE):
-        rows = order[start : start + TILE]
-        yield rows, np.flatnonzero(open_[rows].any(axis=0))
+    if open_.mean() > WORTHWHILE:
+        yield from ((np.arange(start, min(start + CHUNK, count)), every) for start in range(0, count, CHUNK))
+        return
+    rows = np.flatnonzero(open_.any(axis=1))
+    open_ = open_[rows]
+    open_[np.arange(len(rows)), group[known.labels[rows]]] = True
+    # Vectors that look at the same groups come together, those that look at many last.
+    signature = np.zeros((len(rows), 8 * -(-len(every) // 64)), np.uint8)
+    packed = np.packbits(open_, axis=1)
+    signature[:, : packed.shape[1]] = packed
+    many = np.log2(open_.sum(axis=1)).astype(np.int8)
+    order = np.lexsort((*signature.view(">u8").T[::-1], many))
+    for start in range(0, len(rows), TILE):
+        tile = order[start : start + TILE]
+        yield rows[tile], np.flatnonzero(open_[tile].any(axis=0))
 
 
 def _decided(vectors: np.ndarray, centroids: np.ndarray, pairs: np.ndarray, numbers: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from curation.nearest import squared_norms
 
 MORE = 1.5
 """Seeds that a cell draws, over those due to it by its share of the objective."""
-TRIALS = 64
+TRIALS = 16
 """Draws of which the best becomes a seed; the usual 2 + ln k gives objectives about 1 % higher."""
 CELL_POINTS = 8192
 """Points of a cell that are looked at, all against all; a larger cell is sampled."""

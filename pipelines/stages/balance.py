@@ -28,6 +28,12 @@ class BalanceConfig(StageConfig):
     leaves: Literal["random", "nearest"] = Field(
         "random", description="which images of a leaf cluster: random (hash order), or those nearest its centroid"
     )
+    concepts: int | None = Field(
+        None,
+        ge=1,
+        description="concepts the sample is to be even over; a warning where there are fewer leaf clusters than these",
+        json_schema_extra={"affects_output": False},
+    )
 
 
 def execute(context: Context, config: BalanceConfig, *, clusters: str | None = None) -> Outcome:
@@ -60,6 +66,13 @@ def _balance(
     if config.target > images:
         text = f"target {config.target:,} is more than the {images:,} clustered images: all of them are taken"
         context.events.emit("warning", NAME, text=text)
+    leaf_clusters = int((sizes[0] > 0).sum())
+    if config.concepts is not None and leaf_clusters < config.concepts:
+        text = (
+            f"{leaf_clusters:,} leaf clusters hold images, and {config.concepts:,} concepts cannot be even over fewer "
+            "clusters than there are of them: cluster with more leaves (cluster.levels)"
+        )
+        context.events.emit("warning", NAME, text=text)
     wanted = balance.leaf_targets(sizes, built.parents, config.target, context.seed)
     taken = order.FirstPerGroup(wanted)
     calls = ((path, (path, config.leaves, context.seed)) for path in paths)
@@ -83,10 +96,13 @@ def _summary(
     config: BalanceConfig, built: Hierarchy, wanted: np.ndarray, sizes: Sequence[np.ndarray]
 ) -> dict[str, Any]:
     """effective_clusters: exp(entropy) of the images over the clusters of each level, leaf first."""
+    leaf_clusters = int((sizes[0] > 0).sum())
     return {
         "target": config.target,
         "images": int(wanted.sum()),
         "pool": int(sizes[0].sum()),
+        "leaf_clusters": leaf_clusters,
+        "concepts_above_leaf_clusters": config.concepts is not None and leaf_clusters < config.concepts,
         "leaf_clusters_used": int((wanted > 0).sum()),
         "effective_clusters_pool": [round(hierarchy.effective_number(level), 3) for level in sizes],
         "effective_clusters": [round(hierarchy.effective_number(level), 3) for level in built.sizes(wanted)],

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation import balance, hierarchy
-from curation.clusters import ArrayPoints, nearest_centroid
+from curation.clusters import ArrayPoints
+from curation.nearest import nearest_centroid
 from curation.order import first_per_group, hash_keys
 
 

@@ -63,6 +63,18 @@ def test_a_target_above_the_pool_takes_all_and_warns(tmp_path: Path) -> None:
     assert "target 10,000 is more than the 500 clustered images: all of them are taken" in said
 
 
+@pytest.mark.parametrize(("concepts", "warned"), [(None, False), (25, False), (26, True)])
+def test_fewer_leaf_clusters_than_concepts_are_warned_of(tmp_path: Path, concepts: int | None, warned: bool) -> None:
+    context = clustered(tmp_path)
+    said: list[str] = []
+    context.events.listener = lambda event: said.append(str(event.get("text")))
+    outcome = balance.execute(context, BalanceConfig(target=50, concepts=concepts))  # type: ignore[call-arg]
+    assert outcome.summary["leaf_clusters"] == 25
+    assert outcome.summary["concepts_above_leaf_clusters"] is warned
+    sentence = "25 leaf clusters hold images, and 26 concepts cannot be even over fewer clusters"
+    assert any(sentence in text for text in said) is warned
+
+
 def test_a_plain_folder_gives_the_same_bytes_in_any_order_of_arrival(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -98,6 +98,53 @@ def test_an_interrupted_stage_goes_on_from_its_centroids_to_the_same_bytes(
     assert contents(str(tmp_path / "whole")) == contents(str(tmp_path / "broken"))
 
 
+@pytest.mark.parametrize("dies_at", [1, 4])
+def test_a_stage_killed_in_training_goes_on_at_its_last_step_to_the_same_bytes(
+    tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch, dies_at: int
+) -> None:
+    monkeypatch.setattr(cluster, "BLOCK_ROWS", 120)
+    config = ClusterConfig(levels=[80, 10], iterations=8)  # type: ignore[call-arg]
+    told: list[int] = []
+
+    def listen(event: dict[str, object]) -> None:
+        if event.get("purpose") == "cluster 1":
+            told.append(int(str(event["step"])))
+            if len(told) == dies_at + 1 and stops:
+                raise KeyboardInterrupt
+
+    stops = False
+    whole = make_run(tmp_path / "whole")
+    whole.events.listener = listen
+    cluster.execute(whole, config)
+    steps = list(told)
+    assert steps[:6] == [0, 1, 2, 3, 4, 5]
+    told.clear()
+    stops = True
+    broken = make_run(tmp_path / "broken")
+    broken.events.listener = listen
+    with pytest.raises(KeyboardInterrupt):
+        cluster.execute(broken, config)
+    stops = False
+    again = make_run_again(tmp_path / "broken")
+    again.events.listener = listen
+    cluster.execute(again, config)
+    assert told == [*range(dies_at + 1), *steps[dies_at:]]
+    assert contents(str(tmp_path / "whole")) == contents(str(tmp_path / "broken"))
+
+
+def test_centroids_that_no_worker_can_hold_are_one_sentence(tmp_path: Path, no_ray: None) -> None:
+    assert cluster.task_bytes(1000, 512) < 1 << 30
+    assert cluster.task_bytes(100_000, 1280) < 4 << 30
+    context = make_run(tmp_path)
+    context.resources.memory_per_worker = "128MiB"
+    with pytest.raises(
+        UserError, match=r"20 clusters of 16 dimensions take .* GiB in every worker, and resources\.mem"
+    ):
+        cluster.execute(context, ClusterConfig(levels=[20]))  # type: ignore[call-arg]
+    context.resources.memory_per_worker = "4GiB"
+    assert cluster.execute(context, ClusterConfig(levels=[20])).rows == 500  # type: ignore[call-arg]
+
+
 def make_run_again(folder: Path):  # type: ignore[no-untyped-def]
     from pipelines.context import Context
     from pipelines.run_directory import RunDirectory
