@@ -5,8 +5,8 @@
 The vectors are made: originals around topics whose sizes follow Zipf's law, a quarter of them copies at cosines
 uniform in .6-.99 (as in benchmarks/join.py); once with fewer topics than clusters, once with more. Every method has a
 process and one thread of its own and gets the same vectors; the objective is the mean squared distance to the nearest
-centroid, computed once more in the same way for all. Ours makes `--iterations` Lloyd steps after its seeds (ours-half: half as many)
-and one more assignment. What numba compiles is cached on disk and loaded before the clock starts.
+centroid, computed once more in the same way for all. Ours makes `--iterations` Lloyd steps after its seeds (ours-half:
+half as many) and one more assignment. What numba compiles is cached on disk and loaded before the clock starts.
 """
 
 # The number of threads is set before numpy is imported.
