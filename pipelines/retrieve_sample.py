@@ -166,7 +166,10 @@ def make_plan(
     _: None,
 ) -> dict[str, np.ndarray]:
     """The plan as arrays, and the seeds that are held out, (h, d) as stored."""
-    rows = np.concatenate([seed_search.widen(read_stretch(pieces, dimension)[1]) for pieces in sample])
+    each = max(1, seed_search.SAMPLE_ROWS // len(sample))
+    # Row groups may be larger than what is wanted of them.
+    drawn = (read_stretch(pieces, dimension)[1] for pieces in sample)
+    rows = np.concatenate([seed_search.widen(part[:: max(1, len(part) // each)][:each]) for part in drawn])
     chosen: dict[str, list[np.ndarray]] = {"tuned": [], "held": []}
     first = 0
     for block in blocks:
