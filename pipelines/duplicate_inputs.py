@@ -180,7 +180,8 @@ def from_folders(folder: str, against: Sequence[str], representative: str, empty
     opened, named = embedded.folder_parts(folder)
     parts = [InputPart(part.name, part.path, None, True) for part in named if part.rows]
     pool = _all_rows(opened, empty)
-    vectors.refuse_repeated_ids(pool.all_ids(), folder)
+    if not ascending(pool.all_ids()):
+        vectors.refuse_repeated_ids(pool.all_ids(), folder)
     found = Inputs(parts, opened.dimension, opened.dtype == "halffloat", pool, Rows(0, empty), [], [], [])
     for entry in against:
         name, path = reference_name(entry)
@@ -196,7 +197,7 @@ def from_folders(folder: str, against: Sequence[str], representative: str, empty
         found.reference_names.append(name)
         found.reference_files += [InputPart("", p.path, None, True) for p in other.partitions]
     _refuse_too_many(found.reference_names)
-    _plain_value(found, representative, folder)
+    _plain_value(found, representative, folder, empty)
     return found
 
 
@@ -304,22 +305,26 @@ def _refuse_too_many(names: Sequence[str]) -> None:
         raise UserError(f"{len(names)} reference sets; at most {MAX_REFERENCE_SETS} fit, merge some of them")
 
 
-def _plain_value(found: Inputs, representative: str, folder: str) -> None:
+def _plain_value(found: Inputs, representative: str, folder: str, empty: Empty) -> None:
     paths = [part.vectors for part in found.parts if part.vectors is not None]
     if representative == "resolution":
-        if all({"width", "height"} <= set(pq.read_schema(vectors.open_parquet(p)).names) for p in paths):
-            sides = [
-                [_column(p, name).to_numpy(zero_copy_only=False).astype(np.float64) for name in ("width", "height")]
-                for p in paths
-            ]
-            found.value = np.concatenate([width * height for width, height in sides])
-        else:
+        wanted = ["width", "height"]
+        if not all(set(wanted) <= set(pq.read_schema(vectors.open_parquet(p)).names) for p in paths):
             found.note = (
                 f"{folder} has no columns width and height: the earliest image of a component stays, not the largest"
             )
+            return
     elif representative.startswith("column:"):
-        name = representative.removeprefix("column:")
-        found.value = np.concatenate([_numbers(_column(p, name), name, p) for p in paths])
+        wanted = [representative.removeprefix("column:")]
+    else:
+        return
+    found.value = empty(found.pool.count, "<f8")
+    begin = 0
+    for path in paths:
+        columns = [_numbers(_column(path, name), name, path) for name in wanted]
+        end = begin + len(columns[0])
+        found.value[begin:end] = columns[0] if len(columns) == 1 else columns[0] * columns[1]
+        begin = end
 
 
 def _column(path: str, name: str) -> pa.ChunkedArray:
@@ -391,6 +396,15 @@ def _roots(copies: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray,
     return ids, originals
 
 
+def ascending(ids: np.ndarray) -> bool:
+    """Whether each id is larger than the one before; in pieces, so that no mask over all of them is made."""
+    step = 1 << 20
+    return all(
+        bool((ids[k + 1 : k + step + 1] > ids[k : k + step][: len(ids) - 1 - k]).all())
+        for k in range(0, len(ids), step)
+    )
+
+
 def ranked(rows: Rows) -> tuple[np.ndarray, np.ndarray | None]:
     """(ids ascending, place of each row in that order or None): node numbers of one space."""
-    return rank(rows.all_ids())
+    return (rows.all_ids(), None) if ascending(rows.all_ids()) else rank(rows.all_ids())

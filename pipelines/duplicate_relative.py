@@ -107,4 +107,6 @@ def join_relative(
     decided = decontaminate(
         joined.forest, joined.hits, joined.references_hit, offsets, inputs.reference_names, config.against_threshold
     )
-    return Relative(nodes, joined, decided, fresh, np.isin(ids, inputs.seeds.all_ids()))
+    is_seed = np.zeros(len(ids), bool)
+    is_seed[np.searchsorted(ids, inputs.seeds.all_ids())] = True
+    return Relative(nodes, joined, decided, fresh, is_seed)

@@ -23,7 +23,7 @@ MEMBERS_LISTED = 50
 MEMBERS_SAMPLED = 2000
 CHAIN_EDGES = 1 << 24
 """Components of more edges get no chain."""
-CHUNK = 1 << 22
+CHUNK = 1 << 20
 
 
 def report(

@@ -12,7 +12,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from curation.duplicates.forest import pieces_of
+from curation.duplicates.forest import numbered, pieces_of
 
 NONE = -2.0
 """A threshold below every cosine."""
@@ -175,7 +175,7 @@ def _counts(sizes: np.ndarray) -> tuple[int, int]:
 
 @numba.njit(cache=True, nogil=True)
 def _first(labels: np.ndarray, value: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    first = np.arange(len(labels)).astype(np.uint32)
+    first: np.ndarray = numbered(len(labels))
     ranked = len(rank) == len(labels)
     for node in range(len(labels)):
         rival = first[labels[node]]

@@ -159,4 +159,6 @@ def _piece(
 ) -> Piece:
     consecutive = bool((nodes[1:].astype(np.int64) - nodes[:-1] == 1).all())
     small: np.ndarray | int = int(nodes[0]) if consecutive else nodes.astype(np.uint32)
-    return Piece(path, groups, None if positions is None else positions.astype(np.uint32), small, len(nodes), fresh)
+    return Piece(
+        path, groups, None if positions is None else positions.astype(np.uint32, copy=False), small, len(nodes), fresh
+    )

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from curation import products
-from curation.duplicates.components import components
+from curation.duplicates.components import component_sizes, components
 from curation.duplicates.forest import EDGE, ForestMerger, edges
 from curation.duplicates.join import self_join
 from curation.duplicates.members import Bundle, Members, Piece
@@ -163,7 +163,8 @@ def decontaminate(
     images, nodes = int(offsets[1]), int(offsets[-1])
     labels = components(forest, nodes, threshold) if nodes else np.empty(0, np.uint32)
     above = hits[hits["similarity"] > np.float32(threshold)]
-    sizes = np.bincount(labels[:images], minlength=nodes)
+    # Images come first among the nodes: the label of an image is one.
+    sizes = component_sizes(labels[:images])
     holds = np.zeros(nodes, bool)
     holds[labels[images:]] = True
     by_component = holds[labels[:images]]
@@ -183,10 +184,10 @@ def decontaminate(
                 "images_hit": int(touched.sum()),
                 "direct": len(np.unique(above["node"][in_set])),
                 "component": int(mine[labels[:images]].sum()),
-                "largest_component": int(sizes[mine].max(initial=0)),
+                "largest_component": int(sizes[mine[:images]].max(initial=0)),
             }
         )
-    return Decontamination(labels, by_component, direct, int(sizes[holds].max(initial=0)), sets)
+    return Decontamination(labels, by_component, direct, int(sizes[holds[:images]].max(initial=0)), sets)
 
 
 def empty_relative() -> RelativeJoin:

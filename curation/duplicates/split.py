@@ -15,7 +15,7 @@ import numpy as np
 from curation import products, vectors
 from curation.duplicates import grouped
 from curation.duplicates.components import component_sizes, components, first_members
-from curation.duplicates.forest import cut, ordered, pieces_of
+from curation.duplicates.forest import cut, numbered, ordered, pieces_of
 from curation.duplicates.grouped import Grouped
 from curation.duplicates.members import Members
 from curation.duplicates.scratch import Reader, Scratch
@@ -83,7 +83,7 @@ def _root(parent: np.ndarray, node: Any) -> Any:
 @numba.njit(cache=True, nogil=True)
 def _fitting(low: np.ndarray, high: np.ndarray, similarity: np.ndarray, count: int, most: int) -> np.ndarray:
     """(m,) bool: edges inside a component that, at the edge's own similarity, fits. Edges by similarity descending."""
-    parent = np.arange(count).astype(np.uint32)
+    parent = numbered(count)
     size = np.ones(count, np.uint32)
     strongest = np.full(count, -np.inf, np.float32)
     kept = np.zeros(len(low), np.bool_)
