@@ -18,7 +18,7 @@ import numpy as np
 
 from curation import products, sketch, vectors
 from curation.duplicates import recall as recalls
-from curation.duplicates.cells import CELLS_PER_ROOT, TRAINING_PER_CELL, Cells, Rule, train
+from curation.duplicates.cells import CELLS_PER_ROOT, TRAINING_PER_CELL, Cells, train
 from curation.duplicates.components import components
 from curation.duplicates.forest import EDGE, ForestMerger, edges
 from curation.duplicates.members import Bundle, Members, Piece
@@ -310,10 +310,10 @@ def search_queries(scratch: Scratch, piece: int, shared: Any) -> np.ndarray:
     lefts, rights = [], []
     for near, near_rows in sketch.scan(mine, np.asarray(bits), starts, TRUTH_WORDS, *cuts):
         times = copies[near_rows].astype(np.float32) - (own[near] == near_rows)
-        near, near_rows, times = near[times > 0], near_rows[times > 0], times[times > 0]
-        keys = hash_keys(nodes[near_rows].astype(np.uint64), 0, "recall pairs")
-        kept, weight = recalls.thin(near, keys, len(queries))
-        rows, columns, weight = near[kept], near_rows[kept], weight * times[kept]
+        others = np.flatnonzero(times > 0)
+        keys = hash_keys(nodes[near_rows[others]].astype(np.uint64), 0, "recall pairs")
+        kept, weight = recalls.thin(near[others], keys, len(queries))
+        rows, columns, weight = near[others[kept]], near_rows[others[kept]], weight * times[others[kept]]
         for begin in range(0, len(rows), VERIFY_PAIRS):
             part = slice(begin, begin + VERIFY_PAIRS)
             one, other_row = rows[part], columns[part]
@@ -430,176 +430,209 @@ class CellTask:
 def cell_tasks(sizes: np.ndarray, memory_bytes: int) -> list[CellTask]:
     """Bundle small cells and slice big ones.
 
-    sizes: (4, cells) residents old and fresh, visitors old and fresh. The sketches a task holds stay below an eighth of
+    sizes: (4, cells) residents old and fresh, visitors old and fresh. The sketches a task holds stay below a quarter of
     the worker's memory.
     """
     old, fresh, old_visitors, fresh_visitors = sizes
     pairs = fresh * (fresh - 1) / 2 + old * fresh + fresh_visitors * (old + fresh) + old_visitors * fresh
-    rows = old + fresh
+    rows = sizes.sum(axis=0)
     most = max(TASK_PAIRS, float(pairs.sum()) / MOST_TASKS)
-    room = max(1024, memory_bytes // 8 // (3 * 8 * sketch.WORDS))
+    room = max(1024, memory_bytes // 4 // (2 * 8 * sketch.WORDS))
     tasks: list[CellTask] = []
-    first, cost = 0, 0.0
+    first, cost, held = 0, 0.0, 0
     for cell in range(sizes.shape[1]):
         big = pairs[cell] > most or rows[cell] > room
-        if first < cell and (big or cost + pairs[cell] > most):
+        if first < cell and (big or cost + pairs[cell] > most or held + rows[cell] > room):
             if cost > 0:
-                tasks.append(CellTask(first, cell, tile_rows=room))
-            first, cost = cell, 0.0
+                tasks.append(CellTask(first, cell))
+            first, cost, held = cell, 0.0, 0
         if big and pairs[cell] > 0:
-            queries = int(rows[cell] + old_visitors[cell] + fresh_visitors[cell])
+            queries = int(rows[cell])
             step = math.ceil(queries / max(1, math.ceil(pairs[cell] / most)))
             tasks += [
-                CellTask(cell, cell + 1, begin, min(queries, begin + step), room) for begin in range(0, queries, step)
+                CellTask(cell, cell + 1, begin, min(queries, begin + step), room // 2)
+                for begin in range(0, queries, step)
             ]
             first = cell + 1
         else:
             cost += pairs[cell]
+            held += int(rows[cell])
     if first < sizes.shape[1] and cost > 0:
-        tasks.append(CellTask(first, sizes.shape[1], tile_rows=room))
+        tasks.append(CellTask(first, sizes.shape[1]))
     return tasks
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rows of stored pieces that belong to one cell: (piece, place in the piece's order) with old rows first."""
+class _Held:
+    """Residents or visitors of cells, in memory but for their vectors; old ones first in each cell."""
 
     piece: np.ndarray
-    place: np.ndarray
-    old: int
+    row: np.ndarray
+    node: np.ndarray
+    bits: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.piece)
+        return len(self.node)
 
-    def fetch(self, scratch: Reader, key: str, begin: int, end: int) -> np.ndarray:
-        """`nodes` or `sketches` of rows begin .. end - 1."""
-        parts = []
-        for low, high in _runs(self.piece[begin:end]):
-            array = scratch.get(f"cells/{int(self.piece[begin + low]):05d}", key)
-            parts.append(array[self.place[begin + low : begin + high]])
-        return np.concatenate(parts)
-
-    def vectors(self, scratch: Reader, wanted: np.ndarray) -> np.ndarray:
-        """(m, d) stored vectors of ascending rows."""
-        parts = []
-        for low, high in _runs(self.piece[wanted]):
-            piece = int(self.piece[wanted[low]])
-            rows = scratch.get(f"cells/{piece:05d}", "rows")[self.place[wanted[low:high]]]
-            parts.append(scratch.get(_rows(piece), "vectors")[rows])
-        return np.concatenate(parts)
+    def part(self, low: int, high: int) -> "_Held":
+        return _Held(self.piece[low:high], self.row[low:high], self.node[low:high], self.bits[low:high])
 
 
 def join_cells(scratch: Scratch, name: str, task: CellTask, half: bool, options: JoinOptions, shared: Any) -> str:
     """The forest of a bundle of cells, or of a slice of one."""
     kinds, rule = shared
-    reducer, equal = Reducer(options.max_edges), [np.empty(0, EDGE)]
     reader = Reader(scratch)
-    for residents, visitors in _cells(reader, task, kinds):
-        for found, same in _join_cell(reader, task, residents, visitors, half, options.threshold, rule):
-            reducer.add(found)
-            equal.append(same)
-    scratch.put(name, {"forest": reducer.result(), "equal": np.concatenate(equal)})
+    verifying = _Verifying(reader, half, options.threshold, Reducer(options.max_edges))
+    blocks = _bundle(reader, task, kinds) if task.stop is None else _slice(reader, task, kinds)
+    for queries, tile, starts in blocks:
+        near = sketch.scan(queries.bits, tile.bits, starts, rule.first_words, rule.first_cut, rule.cut)
+        for rows, columns in near:
+            verifying.add(queries, rows, tile, columns)
+    verifying.flush()
+    scratch.put(name, {"forest": verifying.reducer.result(), "equal": np.concatenate(verifying.equal)})
     return name
 
 
-def _cells(scratch: Reader, task: CellTask, kinds: tuple[bool, ...]) -> Iterator[tuple[_Rows, _Rows]]:
-    """(residents, visitors) of each cell of a task that has something to compare."""
-    columns: dict[str, list[np.ndarray]] = {
-        k: [] for k in ("home_cell", "home_piece", "home_row", "cell", "piece", "row")
-    }
-    pieces = [p for kind in (False, True) for p, fresh in enumerate(kinds) if fresh == kind]
-    for piece in pieces:
-        group = f"cells/{piece:05d}"
-        for offsets_name, prefix in (("resident_offsets", "home_"), ("visitor_offsets", "")):
-            offsets = np.array(scratch.get(group, offsets_name)[task.first : task.end + 1])
-            rows: np.ndarray = np.arange(offsets[0], offsets[-1])
-            if prefix == "":
-                rows = np.array(scratch.get(group, "visitors")[offsets[0] : offsets[-1]])
-            columns[prefix + "cell"].append(np.repeat(np.arange(task.first, task.end), np.diff(offsets)))
-            columns[prefix + "piece"].append(np.full(len(rows), piece, np.int32))
-            columns[prefix + "row"].append(rows.astype(np.int64))
-    joined = {key: np.concatenate(parts) for key, parts in columns.items()}
-    is_fresh = np.array(kinds)
+class _Verifying:
+    """Collects pairs whose sketches are near, over many cells, and compares their vectors by definition."""
 
-    def grouped(prefix: str) -> Iterator[_Rows]:
-        cell, piece, row = (joined[prefix + key] for key in ("cell", "piece", "row"))
-        order = np.argsort(cell, kind="stable")
-        bounds = np.searchsorted(cell[order], np.arange(task.first, task.end + 1))
-        for low, high in itertools.pairwise(bounds):
-            mine = order[low:high]
-            yield _Rows(piece[mine], row[mine], int((~is_fresh[piece[mine]]).sum()))
+    def __init__(self, scratch: Reader, half: bool, threshold: float, reducer: Reducer) -> None:
+        self.scratch, self.half, self.threshold, self.reducer = scratch, half, np.float32(threshold), reducer
+        self.equal = [np.empty(0, EDGE)]
+        self._held: list[np.ndarray] = []
+        self._count = 0
 
-    for residents, visitors in zip(grouped("home_"), grouped(""), strict=True):
-        if len(residents) and (residents.old < len(residents) or visitors.old < len(visitors)):
-            yield residents, visitors
+    def add(self, queries: _Held, rows: np.ndarray, tile: _Held, columns: np.ndarray) -> None:
+        for begin in range(0, len(rows), VERIFY_PAIRS):
+            one, other = rows[begin : begin + VERIFY_PAIRS], columns[begin : begin + VERIFY_PAIRS]
+            pairs = np.empty(len(one), _PAIR)
+            pairs["one_node"], pairs["other_node"] = queries.node[one], tile.node[other]
+            pairs["one"] = queries.piece[one].astype(np.int64) << 32 | queries.row[one]
+            pairs["other"] = tile.piece[other].astype(np.int64) << 32 | tile.row[other]
+            pairs["same"] = queries.bits[one, 0] == tile.bits[other, 0]
+            self._held.append(pairs)
+            self._count += len(pairs)
+            if self._count >= VERIFY_PAIRS:
+                self.flush()
+
+    def flush(self) -> None:
+        if not self._count:
+            return
+        pairs = np.concatenate(self._held)
+        self._held, self._count = [], 0
+        places, at = np.unique(np.concatenate([pairs["one"], pairs["other"]]), return_inverse=True)
+        wide = _fetch(self.scratch, "rows", "vectors", places >> 32, places & 0xFFFFFFFF).astype(np.float32)
+        one, other = at[: len(pairs)], at[len(pairs) :]
+        values = products.defined(wide, wide, one, other, half=self.half)
+        same = pairs["same"].copy()
+        same[same] = (wide[one[same]] == wide[other[same]]).all(axis=1)
+        above = values > self.threshold
+        found = edges(pairs["one_node"], pairs["other_node"], values)
+        self.reducer.add(found[above])
+        self.equal.append(found[above & same])
 
 
-def _join_cell(
-    scratch: Reader,
-    task: CellTask,
-    residents: _Rows,
-    visitors: _Rows,
-    half: bool,
-    threshold: float,
-    rule: Rule,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(edges, those of them between equal vectors) of one cell, block by block.
+_PAIR = np.dtype([("one_node", "<u4"), ("other_node", "<u4"), ("one", "<i8"), ("other", "<i8"), ("same", "?")])
 
-    Query q is resident q, or visitor q - len(residents).
-    """
-    count = len(residents)
-    stop = count + len(visitors) if task.stop is None else task.stop
+
+def _bundle(scratch: Reader, task: CellTask, kinds: tuple[bool, ...]) -> Iterator[tuple[_Held, _Held, np.ndarray]]:
+    """(queries, what they are compared with, first column of each query) of every cell of a task."""
+    residents, bounds, old = _load(scratch, task, kinds, "resident_offsets")
+    visitors, visitor_bounds, old_visitors = _load(scratch, task, kinds, "visitor_offsets")
+    for cell in range(task.end - task.first):
+        tile = residents.part(bounds[cell], bounds[cell + 1])
+        coming = visitors.part(visitor_bounds[cell], visitor_bounds[cell + 1])
+        if len(tile) > old[cell]:
+            yield tile, tile, _resident_starts(np.arange(len(tile)), old[cell])
+        if len(coming) > old_visitors[cell] or (len(coming) and len(tile) > old[cell]):
+            yield coming, tile, _visitor_starts(np.arange(len(coming)), old_visitors[cell], old[cell])
+
+
+def _slice(scratch: Reader, task: CellTask, kinds: tuple[bool, ...]) -> Iterator[tuple[_Held, _Held, np.ndarray]]:
+    """The same of some queries of one big cell, tile by tile of its residents."""
+    (count, old), (_, old_visitors) = (_sizes(scratch, task, kinds, k) for k in ("resident_offsets", "visitor_offsets"))
+    assert task.stop is not None
     for low in range(0, count, task.tile_rows):
         high = min(count, low + task.tile_rows)
-        tile, tile_nodes = residents.fetch(scratch, "sketches", low, high), residents.fetch(scratch, "nodes", low, high)
-        for group, first, last in (
-            (residents, min(task.begin, count), min(stop, count)),
-            (visitors, max(task.begin, count) - count, max(stop, count) - count),
+        tile, _, _ = _load(scratch, task, kinds, "resident_offsets", low, high)
+        for key, first, last in (
+            ("resident_offsets", min(task.begin, count), min(task.stop, count)),
+            ("visitor_offsets", max(task.begin, count) - count, max(task.stop, count) - count),
         ):
             for begin in range(first, last, QUERY_ROWS):
                 end = min(last, begin + QUERY_ROWS)
                 place = np.arange(begin, end)
-                # Each pair once, and none of two old ends: a resident meets the fresh ones behind it, an old
-                # visitor the fresh residents, a fresh visitor all.
                 starts = (
-                    np.maximum(place + 1, residents.old)
-                    if group is residents
-                    else np.where(place < visitors.old, residents.old, 0)
+                    _resident_starts(place, old)
+                    if key == "resident_offsets"
+                    else _visitor_starts(place, old_visitors, old)
                 )
-                if int(starts.min()) >= high:
-                    continue
-                queries, nodes = group.fetch(scratch, "sketches", begin, end), group.fetch(scratch, "nodes", begin, end)
-                near = sketch.scan(
-                    queries, tile, np.maximum(starts - low, 0), rule.first_words, rule.first_cut, rule.cut
-                )
-                for rows, columns in near:
-                    for at in range(0, len(rows), VERIFY_PAIRS):
-                        one, other = rows[at : at + VERIFY_PAIRS], columns[at : at + VERIFY_PAIRS]
-                        values, same = _compared(
-                            scratch, group, begin + one, residents, low + other, half, (queries, one), (tile, other)
-                        )
-                        found = edges(nodes[one], tile_nodes[other], values)
-                        above = values > np.float32(threshold)
-                        yield found[above], found[above & same]
+                if int(starts.min()) < high:
+                    queries, _, _ = _load(scratch, task, kinds, key, begin, end)
+                    yield queries, tile, np.maximum(starts - low, 0)
 
 
-def _compared(
-    scratch: Reader,
-    left: _Rows,
-    rows: np.ndarray,
-    right: _Rows,
-    columns: np.ndarray,
-    half: bool,
-    *bits: tuple[np.ndarray, np.ndarray],
-) -> tuple[np.ndarray, np.ndarray]:
-    """((m,) float32 similarities by definition of left[rows] and right[columns], (m,) bool whether they are equal).
+# Each pair once, and none of two old ends: a resident meets the fresh ones behind it, an old visitor the fresh
+# residents, a fresh visitor all.
 
-    bits: the sketches of both sides and which of them: only vectors of one sketch can be equal.
+
+def _resident_starts(place: np.ndarray, old: int) -> np.ndarray:
+    return np.maximum(place + 1, old)
+
+
+def _visitor_starts(place: np.ndarray, old_visitors: int, old: int) -> np.ndarray:
+    return np.asarray(np.where(place < old_visitors, old, 0))
+
+
+def _sizes(scratch: Reader, task: CellTask, kinds: tuple[bool, ...], key: str) -> tuple[int, int]:
+    """(all, old) residents or visitors of a task's cells."""
+    counts = [0, 0]
+    for piece, fresh in enumerate(kinds):
+        offsets = scratch.get(f"cells/{piece:05d}", key)
+        counts[int(fresh)] += int(offsets[task.end] - offsets[task.first])
+    return sum(counts), counts[0]
+
+
+def _load(
+    scratch: Reader, task: CellTask, kinds: tuple[bool, ...], key: str, low: int = 0, high: int | None = None
+) -> tuple[_Held, np.ndarray, np.ndarray]:
+    """(residents or visitors by cell, (cells + 1,) where each cell begins, (cells,) how many of each are old).
+
+    low, high: of one cell, just these places.
     """
-    one, mine = np.unique(rows, return_inverse=True)
-    other, place = np.unique(columns, return_inverse=True)
-    lefts, rights = left.vectors(scratch, one).astype(np.float32), right.vectors(scratch, other).astype(np.float32)
-    (first, first_rows), (second, second_rows) = bits
-    same = first[first_rows, 0] == second[second_rows, 0]
-    same[same] = (lefts[mine[same]] == rights[place[same]]).all(axis=1)
-    return products.defined(lefts, rights, mine, place, half=half), same
+    cells = task.end - task.first
+    columns: list[list[np.ndarray]] = [[], [], [], [], []]
+    old = np.zeros(cells, np.int64)
+    at = 0
+    for piece in [p for kind in (False, True) for p, fresh in enumerate(kinds) if fresh == kind]:
+        group = f"cells/{piece:05d}"
+        offsets = np.array(scratch.get(group, key)[task.first : task.end + 1])
+        begin, end = int(offsets[0]), int(offsets[-1])
+        cell = np.repeat(np.arange(cells), np.diff(offsets))
+        if not kinds[piece]:
+            old += np.diff(offsets)
+        if high is not None:
+            skipped, taken = max(0, low - at), max(0, min(high - at, end - begin))
+            at += end - begin
+            begin, end, cell = begin + skipped, begin + taken, cell[skipped:taken]
+        if end <= begin:
+            continue
+        places: Any = slice(begin, end) if key == "resident_offsets" else scratch.get(group, "visitors")[begin:end]
+        for column, values in zip(
+            columns,
+            (
+                cell,
+                np.full(end - begin, piece, np.int32),
+                *(scratch.get(group, name)[places] for name in ("rows", "nodes", "sketches")),
+            ),
+            strict=True,
+        ):
+            column.append(values)
+    empty = (np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint32), np.empty(0, np.uint32))
+    whole = (*empty, np.empty((0, sketch.WORDS), np.uint64))
+    cell, piece_of, row, node, bits = (
+        np.concatenate([none, *parts]) for none, parts in zip(whole, columns, strict=True)
+    )
+    order = np.argsort(cell, kind="stable") if cells > 1 else np.arange(len(cell))
+    bounds = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=cells))])
+    return _Held(piece_of[order], row[order].astype(np.int64), node[order], bits[order]), bounds, old
