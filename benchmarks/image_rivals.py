@@ -42,12 +42,12 @@ def imagededup(images: str, method: str) -> dict[str, Pairs]:
 
     tool = getattr(methods, method)()
     found = {}
-    encodings = tool.encode_images(image_dir=images)
+    encodings = tool.encode_images(image_dir=images, num_enc_workers=0)
     if method == "CNN":
-        answer = tool.find_duplicates(encoding_map=encodings, min_similarity_threshold=0.9)
+        answer = tool.find_duplicates(encoding_map=encodings, min_similarity_threshold=0.9, num_sim_workers=0)
         return {"0.9": {pair(a, b) for a, near in answer.items() for b in near if a != b}}
     for distance in HASH_DISTANCES:
-        answer = tool.find_duplicates(encoding_map=encodings, max_distance_threshold=distance)
+        answer = tool.find_duplicates(encoding_map=encodings, max_distance_threshold=distance, num_dist_workers=0)
         found[str(distance)] = {pair(a, b) for a, near in answer.items() for b in near if a != b}
     return found
 
