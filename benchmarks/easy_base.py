@@ -17,7 +17,8 @@ from typing import Any
 
 from benchmarks import machine
 
-machine.one_thread()
+if __name__ == "__main__":
+    machine.one_thread()
 
 import numpy as np
 

@@ -22,7 +22,8 @@ from typing import Any
 
 from benchmarks import machine
 
-machine.one_thread()
+if __name__ == "__main__":
+    machine.one_thread()
 
 import numpy as np
 
@@ -264,7 +265,9 @@ def run(folder: str, threshold: float, setting: Setting) -> dict[str, Any]:
         "recall": truth.recall(sample, sample.nominated(low, high)),
         "share_of_sample_pairs_in_one_component": _together(sample, labels),
     }
-    if setting.share < 1:
+    if setting.share < 1:  # what part of the tiles finds says nothing of the whole
+        for name in ("pairs", "removed", "largest_component", "recall", "share_of_sample_pairs_in_one_component"):
+            document[name] = None
         document["extrapolated_cpu_seconds"] = round(
             phases.cpu_seconds["search"] / setting.share + document["cpu_seconds"] - phases.cpu_seconds["search"], 1
         )
@@ -392,10 +395,11 @@ def main() -> None:
         print(setting, flush=True)
         document, _ = machine.measured(run, arguments.data, arguments.threshold, setting)
         keep(arguments, made, document)
-        summary = {key: document[key] for key in ("cpu_seconds", "cpu_seconds_by_phase", "pairs", "removed")}
+        shown = ("cpu_seconds", "cpu_seconds_by_phase", "pairs", "removed", "extrapolated_cpu_seconds")
+        summary = {key: document.get(key) for key in shown}
         print(
             json.dumps(summary),
-            document["recall"]["both"],
+            (document["recall"] or {}).get("both"),
             f"{document['peak_memory_bytes'] / 2**30:.2f} GiB",
             flush=True,
         )
