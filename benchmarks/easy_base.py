@@ -9,7 +9,6 @@ each transformation of the demo's web (resized, recompressed, cropped, overlaid)
 """
 
 # The number of threads is set before numpy is imported.
-# ruff: noqa: E402
 import argparse
 import json
 from pathlib import Path

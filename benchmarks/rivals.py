@@ -12,7 +12,6 @@ them is not counted. Results of several calls gather in one file, by method and 
 """
 
 # The number of threads is set before numpy is imported.
-# ruff: noqa: E402
 import argparse
 import json
 from collections.abc import Callable, Iterator
