@@ -8,7 +8,6 @@ machine, with or without AVX2.
 """
 
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numba
@@ -16,7 +15,7 @@ import numpy as np
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+from numba.extending import intrinsic, overload
 
 from curation.order import generator
 from curation.search import require_faiss
@@ -49,24 +48,15 @@ class Codebook:
     def encode(self, vectors: np.ndarray) -> np.ndarray:
         """(blocks, M / 2, 32) uint8 codes of (n, d) float32 rows: the low half of a byte is the even piece's."""
         half_norms = 0.5 * np.einsum("mpj,mpj->mj", self.centroids, self.centroids)
-        encode = _encoder(self.centroids.shape[1])
-        return encode(self._padded(vectors), self.centroids, half_norms)  # type: ignore[no-any-return]
+        width = (0,) * self.centroids.shape[1]
+        return _encode(width, self._padded(vectors), self.centroids, half_norms)  # type: ignore[no-any-return]
 
     def tables(self, queries: np.ndarray) -> "Tables":
         """The tables of (m, d) float32 queries."""
-        count, width = self.centroids.shape[:2]
-        cut = self._padded(queries).reshape(len(queries), count, width)
+        count = len(self.centroids)
         entries = np.empty((len(queries), count, 16), np.uint8)
         base, step = np.empty(len(queries)), np.empty(len(queries))
-        for start in range(0, len(queries), 1024):
-            part = slice(start, start + 1024)
-            products = np.einsum("qmp,mpj->qmj", cut[part], self.centroids, optimize=True)
-            least = products.min(axis=2, keepdims=True)
-            spans = (products - least).max(axis=2, keepdims=True)
-            span = np.maximum(np.median(spans, axis=1, keepdims=True), 1e-12)
-            entries[part] = np.minimum(np.rint((products - least) / span * TYPICAL), HIGHEST).astype(np.uint8)
-            base[part] = least.astype(np.float64).sum(axis=(1, 2))
-            step[part] = span[:, 0, 0].astype(np.float64) / TYPICAL
+        _fill_tables(self._padded(queries), self.centroids, entries, base, step)
         return Tables(entries, base, step * (count // GROUP))
 
     def _padded(self, vectors: np.ndarray) -> np.ndarray:
@@ -124,42 +114,65 @@ def pair_sums(codes: np.ndarray, entries: np.ndarray, queries: np.ndarray) -> np
     return _pair_sums(codes, entries, queries)  # type: ignore[no-any-return]
 
 
-@cache
-def _encoder(width: int) -> Any:
-    """Codes of blocks of rows; pieces of `width` dimensions."""
-    nearest = _nearest(width)
-
-    @numba.njit(nogil=True)
-    def encode(vectors: np.ndarray, centroids: np.ndarray, half_norms: np.ndarray) -> np.ndarray:
-        count = len(half_norms)
-        blocks = (len(vectors) + 31) // 32
-        codes = np.zeros((blocks, count // 2, 32), np.uint8)
-        # Rows side by side, so that a register works on several of them.
-        lanes = np.zeros((count * width, 32), np.float32)
-        best = np.empty(32, np.uint8)
-        for block in range(blocks):
-            for lane in range(min(32, len(vectors) - block * 32)):
-                for k in range(count * width):
-                    lanes[k, lane] = vectors[block * 32 + lane, k]
-            for piece in range(count):
-                nearest(
-                    lanes.ctypes.data + piece * width * 128,
-                    centroids.ctypes.data + piece * width * 64,
-                    half_norms.ctypes.data + piece * 64,
-                    best.ctypes.data,
-                )
-                shift = 4 * (piece % 2)
-                for lane in range(32):
-                    codes[block, piece // 2, lane] |= best[lane] << shift
-        return codes
-
-    return encode
+@numba.njit(cache=True, nogil=True)
+def _fill_tables(
+    queries: np.ndarray, centroids: np.ndarray, entries: np.ndarray, base: np.ndarray, step: np.ndarray
+) -> None:
+    count, width = centroids.shape[:2]
+    products = np.empty((count, 16), np.float32)
+    least, spans = np.empty(count, np.float32), np.empty(count, np.float32)
+    for query in range(len(queries)):
+        base[query] = 0.0
+        for piece in range(count):
+            products[piece] = 0
+            for k in range(width):
+                x = queries[query, piece * width + k]
+                for j in range(16):
+                    products[piece, j] += x * centroids[piece, k, j]
+            least[piece] = products[piece].min()
+            spans[piece] = products[piece].max() - least[piece]
+            base[query] += least[piece]
+        span = max(np.float32(np.median(spans)), np.float32(1e-12))
+        step[query] = np.float64(span) / TYPICAL
+        scale = np.float32(TYPICAL) / span
+        for piece in range(count):
+            for j in range(16):
+                entry = np.rint((products[piece, j] - least[piece]) * scale)
+                entries[query, piece, j] = np.uint8(min(entry, np.float32(HIGHEST)))
 
 
-def _nearest(width: int) -> Any:
+@numba.njit(cache=True, nogil=True)
+def _encode(width: tuple[int, ...], vectors: np.ndarray, centroids: np.ndarray, half_norms: np.ndarray) -> np.ndarray:
+    """Codes of blocks of rows. width: so many zeros; its type tells the compiler the dimensions of a piece."""
+    count, dimensions = len(half_norms), len(width)
+    blocks = (len(vectors) + 31) // 32
+    codes = np.zeros((blocks, count // 2, 32), np.uint8)
+    # Rows side by side, so that a register works on several of them.
+    lanes = np.zeros((count * dimensions, 32), np.float32)
+    best = np.empty(32, np.uint8)
+    for block in range(blocks):
+        for lane in range(min(32, len(vectors) - block * 32)):
+            for k in range(count * dimensions):
+                lanes[k, lane] = vectors[block * 32 + lane, k]
+        for piece in range(count):
+            _nearest(
+                width,
+                lanes.ctypes.data + piece * dimensions * 128,
+                centroids.ctypes.data + piece * dimensions * 64,
+                half_norms.ctypes.data + piece * 64,
+                best.ctypes.data,
+            )
+            shift = 4 * (piece % 2)
+            for lane in range(32):
+                codes[block, piece // 2, lane] |= best[lane] << shift
+    return codes
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _nearest(typing_context, width, lanes, centroids, half_norms, out):  # type: ignore[no-untyped-def]
     """The nearest centroid of one piece of 32 rows, in LLVM's words: its own loops over arrays stay scalar."""
     single, byte, word, address = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
-    count = 16
+    count, dimensions = 16, width.count
     floats, words, bytes_ = (ir.VectorType(kind, count) for kind in (single, word, byte))
 
     def at(builder: Any, base: Any, offset: int, kind: Any) -> Any:
@@ -169,30 +182,26 @@ def _nearest(width: int) -> Any:
         first = builder.insert_element(ir.Constant(floats, ir.Undefined), value, ir.Constant(word, 0))
         return builder.shuffle_vector(first, first, ir.Constant(words, [0] * count))
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def nearest(typing_context, lanes, centroids, half_norms, out):  # type: ignore[no-untyped-def]
-        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            rows, table, norms, result = arguments
-            for part in range(2):
-                x = [builder.load(at(builder, rows, k * 128 + part * 64, floats), align=4) for k in range(width)]
-                highest, best = None, ir.Constant(words, [0] * count)
-                for j in range(16):
-                    score = builder.fneg(spread(builder, builder.load(at(builder, norms, j * 4, single), align=4)))
-                    for k in range(width):
-                        c = spread(builder, builder.load(at(builder, table, k * 64 + j * 4, single), align=4))
-                        score = builder.fadd(score, builder.fmul(c, x[k], flags=("contract",)), flags=("contract",))
-                    if highest is None:
-                        highest = score
-                        continue
-                    better = builder.fcmp_ordered(">", score, highest)
-                    highest = builder.select(better, score, highest)
-                    best = builder.select(better, ir.Constant(words, [j] * count), best)
-                builder.store(builder.trunc(best, bytes_), at(builder, result, part * count, bytes_), align=1)
-            return context.get_dummy_value()
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        _, rows, table, norms, result = arguments
+        for part in range(2):
+            x = [builder.load(at(builder, rows, k * 128 + part * 64, floats), align=4) for k in range(dimensions)]
+            highest, best = None, ir.Constant(words, [0] * count)
+            for j in range(16):
+                score = builder.fneg(spread(builder, builder.load(at(builder, norms, j * 4, single), align=4)))
+                for k in range(dimensions):
+                    c = spread(builder, builder.load(at(builder, table, k * 64 + j * 4, single), align=4))
+                    score = builder.fadd(score, builder.fmul(c, x[k], flags=("contract",)), flags=("contract",))
+                if highest is None:
+                    highest = score
+                    continue
+                better = builder.fcmp_ordered(">", score, highest)
+                highest = builder.select(better, score, highest)
+                best = builder.select(better, ir.Constant(words, [j] * count), best)
+            builder.store(builder.trunc(best, bytes_), at(builder, result, part * count, bytes_), align=1)
+        return context.get_dummy_value()
 
-        return types.void(*[types.intp] * 4), generate
-
-    return nearest
+    return types.void(width, *[types.intp] * 4), generate
 
 
 @numba.njit(cache=True, nogil=True)
@@ -231,11 +240,34 @@ def has_shuffle() -> bool:
     return bool(binding.get_host_cpu_features().get("avx2", False))
 
 
-@numba.njit(nogil=True)
-def plain_masks(
-    codes: np.ndarray, entries: np.ndarray, queries: np.ndarray, cuts: np.ndarray, masks: np.ndarray
+def shape_of(pieces: int) -> tuple[int, ...] | None:
+    """What tells the compiler of `masks_of` how many groups of pieces there are; None: without the shuffle."""
+    return (0,) * max(1, pieces // GROUP) if has_shuffle() else None
+
+
+@numba.njit(cache=True, nogil=True)
+def masks_of(
+    shape: tuple[int, ...] | None,
+    codes: np.ndarray,
+    entries: np.ndarray,
+    queries: np.ndarray,
+    cuts: np.ndarray,
+    masks: np.ndarray,
 ) -> None:
     """masks[i]: bit r is set where row r of the block `codes` (M / 2, 32) reaches the cut of query queries[i]."""
+    _masks(shape, codes, entries, queries, cuts, masks)
+
+
+def _masks(shape: Any, codes: Any, entries: Any, queries: Any, cuts: Any, masks: Any) -> None:
+    raise NotImplementedError
+
+
+@overload(_masks)  # type: ignore[untyped-decorator]
+def _masks_for(shape: Any, codes: Any, entries: Any, queries: Any, cuts: Any, masks: Any) -> Any:
+    return _plain_masks if isinstance(shape, types.NoneType) else _shuffle_masks
+
+
+def _plain_masks(shape: Any, codes: Any, entries: Any, queries: Any, cuts: Any, masks: Any) -> None:
     for i in range(4):
         found = np.uint32(0)
         for lane in range(32):
@@ -244,32 +276,27 @@ def plain_masks(
         masks[i] = found
 
 
-def shuffle_masks(pieces: int) -> Any:
-    """`plain_masks` with AVX2, for codes of `pieces` pieces."""
-    kernel = _kernel(pieces // 2)
-
-    @numba.njit(nogil=True)
-    def masks_of(
-        codes: np.ndarray, entries: np.ndarray, queries: np.ndarray, cuts: np.ndarray, masks: np.ndarray
-    ) -> None:
-        start, size = entries.ctypes.data, entries.shape[1] * 16
-        kernel(
-            codes.ctypes.data,
-            start + queries[0] * size,
-            start + queries[1] * size,
-            start + queries[2] * size,
-            start + queries[3] * size,
-            masks.ctypes.data,
-            cuts[queries[0]],
-            cuts[queries[1]],
-            cuts[queries[2]],
-            cuts[queries[3]],
-        )
-
-    return masks_of
+def _shuffle_masks(shape: Any, codes: Any, entries: Any, queries: Any, cuts: Any, masks: Any) -> None:
+    start, size = entries.ctypes.data, entries.shape[1] * 16
+    _kernel(
+        shape,
+        codes.ctypes.data,
+        start + queries[0] * size,
+        start + queries[1] * size,
+        start + queries[2] * size,
+        start + queries[3] * size,
+        masks.ctypes.data,
+        cuts[queries[0]],
+        cuts[queries[1]],
+        cuts[queries[2]],
+        cuts[queries[3]],
+    )
 
 
-def _kernel(pairs: int) -> Any:
+@intrinsic  # type: ignore[untyped-decorator]
+def _kernel(  # type: ignore[no-untyped-def]
+    typing_context, shape, codes, one, two, three, four, out, cut_one, cut_two, cut_three, cut_four
+):
     """The inner loop in LLVM's words: numba has no type for a register of bytes."""
     byte, word, address = ir.IntType(8), ir.IntType(32), ir.IntType(64)
     register, half, wide = (ir.VectorType(byte, n) for n in (LANES, 16, LANES))
@@ -314,34 +341,23 @@ def _kernel(pairs: int) -> Any:
                 builder.store(total, slot)
         return [builder.load(slot) for slot in slots]
 
-    @intrinsic  # type: ignore[untyped-decorator]
-    def masks(  # type: ignore[no-untyped-def]
-        typing_context, codes, one, two, three, four, out, cut_one, cut_two, cut_three, cut_four
-    ):
-        signature = types.void(*[types.intp] * 6, *[types.uint8] * 4)
+    def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
+        name = "llvm.x86.avx2.pshuf.b"
+        shuffle = builder.module.declare_intrinsic(name, (), ir.FunctionType(register, [register, register]))
+        add = builder.module.declare_intrinsic(
+            "llvm.uadd.sat.v32i8", (), ir.FunctionType(register, [register, register])
+        )
+        tables, result, cuts = arguments[2:6], arguments[6], arguments[7:]
+        groups = [group_sums(builder, shuffle, add, arguments[1], tables, g) for g in range(shape.count)]
+        for query, cut in enumerate(cuts):
+            parts = [group[query] for group in groups]
+            while len(parts) > 1:
+                parts = [average(builder, x, y) for x, y in zip(parts[::2], parts[1::2], strict=True)]
+            first = builder.insert_element(ir.Constant(register, ir.Undefined), cut, ir.Constant(word, 0))
+            spread = builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(word, LANES), [0] * LANES))
+            found = builder.bitcast(builder.icmp_unsigned(">=", parts[0], spread), word)
+            target = builder.inttoptr(builder.add(result, number(4 * query)), word.as_pointer())
+            builder.store(found, target, align=1)
+        return context.get_dummy_value()
 
-        def generate(context: Any, builder: Any, _: Any, arguments: Any) -> Any:
-            name = "llvm.x86.avx2.pshuf.b"
-            shuffle = builder.module.declare_intrinsic(name, (), ir.FunctionType(register, [register, register]))
-            add = builder.module.declare_intrinsic(
-                "llvm.uadd.sat.v32i8", (), ir.FunctionType(register, [register, register])
-            )
-            tables, result, cuts = arguments[1:5], arguments[5], arguments[6:]
-            groups = [
-                group_sums(builder, shuffle, add, arguments[0], tables, g)
-                for g in range(max(1, pairs // pairs_per_group))
-            ]
-            for query, cut in enumerate(cuts):
-                parts = [group[query] for group in groups]
-                while len(parts) > 1:
-                    parts = [average(builder, x, y) for x, y in zip(parts[::2], parts[1::2], strict=True)]
-                first = builder.insert_element(ir.Constant(register, ir.Undefined), cut, ir.Constant(word, 0))
-                spread = builder.shuffle_vector(first, first, ir.Constant(ir.VectorType(word, LANES), [0] * LANES))
-                found = builder.bitcast(builder.icmp_unsigned(">=", parts[0], spread), word)
-                target = builder.inttoptr(builder.add(result, number(4 * query)), word.as_pointer())
-                builder.store(found, target, align=1)
-            return context.get_dummy_value()
-
-        return signature, generate
-
-    return masks
+    return types.void(shape, *[types.intp] * 6, *[types.uint8] * 4), generate

@@ -8,17 +8,16 @@ measured on a sample of seeds and rows. The pool is never shuffled: each stretch
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
-from typing import Any
 
 import numba
 import numpy as np
 
 from curation import quantised
+from curation.halves import widen
 from curation.nearest import one_thread
 from curation.neighbours import NO_ID, Neighbours
 from curation.order import generator
-from curation.quantised import Codebook, Tables
+from curation.quantised import Codebook, Tables, masks_of
 from curation.search import require_faiss
 
 CELL_TRAINING = 64
@@ -28,6 +27,8 @@ TUNING_SEEDS = 384
 SAMPLE_ROWS = 131_072
 CHUNK = 8192
 SCAN_ROWS = 2048
+FIXED = 32_000
+"""Steps in 1 of the int16 that codes' nominees are compared by: a value is below 1.002, its product with it 2^30."""
 FEW_SEEDS, FEW_ROWS = 512, 65_536
 """Below either everything is compared: codes and cells would cost more than they save."""
 EXACT_COST, CODE_COST, CODING_COST, CHECK_COST = 0.032, 0.014, 10.0, 0.12
@@ -203,6 +204,30 @@ def _passing(
 
 
 @dataclass
+class ExactBlock:
+    """The nearest of a few seeds, exactly: every row is compared with every seed."""
+
+    seeds: np.ndarray
+    """(m, d) as stored."""
+    count: int
+    _wide: np.ndarray = field(init=False)
+    _best: Neighbours = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._wide = widen(self.seeds)
+        self._best = Neighbours.none(len(self.seeds), self.count)
+
+    def add(self, ids: np.ndarray, rows: np.ndarray) -> None:
+        """ids: (n,) uint64; rows: (n, d) float32, the stored values."""
+        margin = np.float32(4.0 * rows.shape[1] * 2.0**-24)
+        _take(self._wide @ rows.T, self._wide, rows, ids, margin, self._best.ids, self._best.similarity)
+
+    def neighbours(self) -> Neighbours:
+        """The best of all that was added."""
+        return self._best
+
+
+@dataclass
 class SeedBlock:
     """Seeds that are searched for together, and the best found for them so far."""
 
@@ -211,13 +236,15 @@ class SeedBlock:
     """(m, d) as stored."""
     count: int
     _wide: np.ndarray = field(init=False)
+    _fixed: np.ndarray = field(init=False)
     _tables: Tables = field(init=False)
     _cuts: np.ndarray = field(init=False)
     _visits: tuple[np.ndarray, np.ndarray] = field(init=False)
     _best: Neighbours = field(init=False)
 
     def __post_init__(self) -> None:
-        self._wide = np.ascontiguousarray(self.seeds, dtype=np.float32)
+        self._wide = widen(self.seeds)
+        self._fixed = _rounded(self._wide)
         with one_thread():
             self._tables = self.plan.codebook.tables(self._wide)
             cell, seed = np.nonzero(self.plan.visits(self._wide).T)
@@ -225,16 +252,21 @@ class SeedBlock:
         self._cuts = np.zeros(len(self.seeds), np.uint8)
         self._best = Neighbours.none(len(self.seeds), self.count)
 
-    def add(self, ids: np.ndarray, rows: np.ndarray) -> None:
-        """Look at the next stretch of the pool. ids: (n,) uint64; rows: (n, d) as stored."""
+    def add(self, ids: np.ndarray, rows: np.ndarray, beside: ExactBlock | None = None) -> None:
+        """Look at the next stretch of the pool. ids: (n,) uint64; rows: (n, d) as stored; beside: sees it as well."""
+        labels = np.empty(len(rows), np.int64)
         with one_thread():
-            parts = (slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK))
-            labels = np.concatenate([np.empty(0, np.int64), *(self.plan.assign(widen(rows[p])) for p in parts)])
+            for chunk in (slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK)):
+                wide = widen(rows[chunk])
+                labels[chunk] = self.plan.assign(wide)
+                if beside is not None:
+                    beside.add(ids[chunk], wide)
         order = np.argsort(labels, kind="stable")
         starts = np.searchsorted(labels[order], np.arange(len(self.plan.cells) + 1))
         seeds, first = self._visits
-        scan = _scanner(self.plan.codebook.pieces)
-        margin = np.float32(4.0 * rows.shape[1] * 2.0**-24) if rows.shape[1] else np.float32(0)
+        shape = quantised.shape_of(self.plan.codebook.pieces)
+        # Rounding moves a vector by at most sqrt(d) / 2 of a step, and a product of two by twice that and a little.
+        margin = np.float32(1.1 * rows.shape[1] ** 0.5 / FIXED)
         for cell in range(len(self.plan.cells)):
             mine, visitors = order[starts[cell] : starts[cell + 1]], seeds[first[cell] : first[cell + 1]]
             if not len(mine) or not len(visitors):
@@ -242,12 +274,15 @@ class SeedBlock:
             for start in range(0, len(mine), SCAN_ROWS):
                 part = mine[start : start + SCAN_ROWS]
                 members = widen(rows, part)
-                scan(
+                _scan(
+                    shape,
                     self.plan.codebook.encode(members),
                     members,
+                    _rounded(members),
                     ids[part],
                     visitors,
                     self._wide,
+                    self._fixed,
                     self._tables.entries,
                     self._tables.base,
                     self._tables.step,
@@ -264,70 +299,82 @@ class SeedBlock:
         return self._best
 
 
-def widen(rows: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
-    """Those rows, (n, d) float32, of (m, d) float16 or float32. chosen: (n,) int64; None: all."""
-    at = np.arange(len(rows)) if chosen is None else chosen
-    if rows.dtype != np.float16:
-        return np.ascontiguousarray(rows[at], dtype=np.float32)
-    found = np.empty((len(at), rows.shape[1]), np.uint32)
-    _widen(np.ascontiguousarray(rows).view(np.uint16), at, found, found.view(np.float32))
-    return found.view(np.float32)
+def _rounded(rows: np.ndarray) -> np.ndarray:
+    """(n, d) int16, multiples of 1 / FIXED: products of unit vectors fit in 32 bits, and so do all partial sums."""
+    return np.asarray(_fixed(rows))
 
 
 @numba.njit(cache=True, nogil=True)
-def _widen(halves: np.ndarray, at: np.ndarray, bits: np.ndarray, values: np.ndarray) -> None:
-    """Finite halves: the exponent's bias differs by 112, which a product puts right, for the least ones too."""
-    scale = np.float32(2.0**112)
-    for i in range(len(at)):
-        row = halves[at[i]]
-        for k in range(halves.shape[1]):
-            half = np.uint32(row[k])
-            bits[i, k] = ((half & np.uint32(0x8000)) << np.uint32(16)) | ((half & np.uint32(0x7FFF)) << np.uint32(13))
-        for k in range(halves.shape[1]):
-            values[i, k] *= scale
+def _fixed(rows: np.ndarray) -> np.ndarray:
+    found = np.empty(rows.shape, np.int16)
+    for i in range(len(rows)):
+        for k in range(rows.shape[1]):
+            found[i, k] = np.int16(np.rint(rows[i, k] * np.float32(FIXED)))
+    return found
 
 
-@cache
-def _scanner(pieces: int) -> Any:
+@numba.njit(cache=True, nogil=True)
+def _scan(  # type: ignore[no-untyped-def]
+    shape,
+    codes,
+    rows,
+    fixed_rows,
+    ids,
+    visitors,
+    seeds,
+    fixed_seeds,
+    entries,
+    base,
+    step,
+    slope,
+    cut_margin,
+    margin,
+    cuts,
+    best_ids,
+    best,
+):
     """The scan of one cell for the seeds that visit it."""
-    masks_of = quantised.shuffle_masks(pieces) if quantised.has_shuffle() else quantised.plain_masks
-
-    @numba.njit(nogil=True)
-    def scan(  # type: ignore[no-untyped-def]
-        codes, rows, ids, visitors, seeds, entries, base, step, slope, cut_margin, margin, cuts, best_ids, best
-    ):
-        masks = np.zeros(4, np.uint32)
-        queries = np.zeros(4, np.int64)
-        for start in range(0, len(visitors), 4):
-            asking = min(4, len(visitors) - start)
-            for i in range(4):
-                queries[i] = visitors[start + min(i, asking - 1)]
-            for block in range(len(codes)):
-                masks_of(codes[block], entries, queries, cuts, masks)
-                for i in range(asking):
-                    found = masks[i]
-                    row = block * 32
-                    while found and row < len(rows):
-                        if found & 1:
-                            seed = queries[i]
-                            if _dot(seeds[seed], rows[row]) >= best[seed, -1] - margin and _insert(
-                                best_ids[seed], best[seed], ids[row], _definition(seeds[seed], rows[row])
-                            ):
-                                lowest = slope * best[seed, -1] - cut_margin
-                                cut = np.floor((lowest - base[seed]) / step[seed])
-                                cuts[seed] = np.uint8(min(255.0, max(0.0, cut)))
-                        found >>= np.uint32(1)
-                        row += 1
-
-    return scan
+    masks = np.zeros(4, np.uint32)
+    queries = np.zeros(4, np.int64)
+    for start in range(0, len(visitors), 4):
+        asking = min(4, len(visitors) - start)
+        for i in range(4):
+            queries[i] = visitors[start + min(i, asking - 1)]
+        for block in range(len(codes)):
+            masks_of(shape, codes[block], entries, queries, cuts, masks)
+            for i in range(asking):
+                found = masks[i]
+                row = block * 32
+                while found and row < len(rows):
+                    if found & 1:
+                        seed = queries[i]
+                        if _product(fixed_seeds, seed, fixed_rows, row) >= best[seed, -1] - margin and _insert(
+                            best_ids[seed], best[seed], ids[row], _definition(seeds[seed], rows[row])
+                        ):
+                            lowest = slope * best[seed, -1] - cut_margin
+                            cut = np.floor((lowest - base[seed]) / step[seed])
+                            cuts[seed] = np.uint8(min(255.0, max(0.0, cut)))
+                    found >>= np.uint32(1)
+                    row += 1
 
 
-@numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
-def _dot(one: np.ndarray, other: np.ndarray) -> np.float32:
-    total = np.float32(0)
-    for k in range(len(one)):
-        total += one[k] * other[k]
-    return total
+@numba.njit(cache=True, nogil=True)
+def _product(seeds: np.ndarray, seed: int, rows: np.ndarray, row: int) -> np.float32:
+    """Of two vectors of `_fixed`: half the bytes of float32, and the processor adds pairs of products at once."""
+    total = np.int32(0)
+    for k in range(seeds.shape[1]):
+        total = np.int32(total + np.int32(seeds[seed, k]) * np.int32(rows[row, k]))
+    return np.float32(total) * np.float32(1.0 / (FIXED * FIXED))
+
+
+@numba.njit(cache=True, nogil=True)
+def _take(  # type: ignore[no-untyped-def]
+    products, seeds, rows, ids, margin, best_ids, best
+):
+    for seed in range(len(seeds)):
+        for row in range(len(rows)):
+            if products[seed, row] >= best[seed, -1] - margin:
+                _insert(best_ids[seed], best[seed], ids[row], _definition(seeds[seed], rows[row]))
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})

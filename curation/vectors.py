@@ -4,6 +4,7 @@ A reader refuses to mix two models or two dimensions, and takes float16 or float
 pair is *defined* as the float64 dot product of the two stored vectors, rounded to float32.
 """
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 
 from curation import storage
 from curation.errors import UserError
+from curation.halves import squared_lengths
 from curation.schemas import embeddings_schema
 
 MODEL_KEY = b"curate.model"
@@ -129,14 +131,20 @@ def refuse_repeated_ids(ids: np.ndarray, where: str) -> None:
         )
 
 
-def read_vectors(path: str, dimension: int, row_groups: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """(ids, vectors) of one file, or of some of its row groups: see VectorSet.read."""
+def read_vectors(
+    path: str, dimension: int, row_groups: Sequence[int] | None = None, first: int | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(ids, vectors) of one file, or of some of its row groups: see VectorSet.read. first: only so many rows of it."""
     try:
         columns = ["image_id", "embedding"]
-        if row_groups is None:
-            table = pq.read_table(_open(path), columns=columns)
+        # Not `read_table`: its threads and buffers cost as much again as the decoding.
+        file = pq.ParquetFile(_open(path))
+        groups = range(file.num_row_groups) if row_groups is None else row_groups
+        if first is None:
+            table = file.read_row_groups(list(groups), columns=columns, use_threads=False)
         else:
-            table = pq.ParquetFile(_open(path)).read_row_groups(list(row_groups), columns=columns)
+            batches = file.iter_batches(first, row_groups=list(groups), columns=columns, use_threads=False)
+            table = pa.Table.from_batches(list(itertools.islice(batches, 1)), file.schema_arrow).select(columns)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})", exit_code=1) from error
     column = table["embedding"].combine_chunks()
@@ -171,8 +179,7 @@ def similarity(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def _checked(vectors: np.ndarray, ids: np.ndarray, path: str) -> np.ndarray:
-    wide = vectors.astype(np.float32)
-    squares = np.einsum("nd,nd->n", wide, wide)
+    squares = squared_lengths(vectors)
     bad = ~np.isfinite(squares) | (squares == 0)
     if bad.any():
         row = int(np.flatnonzero(bad)[0])

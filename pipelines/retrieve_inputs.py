@@ -205,9 +205,9 @@ class Piece:
     row_groups: tuple[int, ...] | None
     rows: int
 
-    def read(self, dimension: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids, vectors)."""
-        return vectors.read_vectors(self.path, dimension, self.row_groups)
+    def read(self, dimension: int, first: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(ids, vectors) of all rows, or of so many."""
+        return vectors.read_vectors(self.path, dimension, self.row_groups, first)
 
 
 def stretches(parts: Sequence[EmbeddingPart], most: int) -> list[tuple[Piece, ...]]:

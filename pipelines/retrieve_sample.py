@@ -12,8 +12,9 @@ import numpy as np
 
 from curation import neighbours, order, retrieval, seed_search, vectors
 from curation.errors import UserError
+from curation.halves import widen
 from curation.neighbours import Neighbours
-from curation.seed_search import SearchPlan, SeedBlock
+from curation.seed_search import ExactBlock, SearchPlan, SeedBlock
 from pipelines import retrieve_kept
 from pipelines.context import Context
 from pipelines.retrieve_inputs import (
@@ -29,12 +30,14 @@ from pipelines.run_directory import Generation
 
 SLAB_VALUES = 1 << 26
 """Numbers in the stretch of the pool that is in memory at a time."""
-TASK_ROWS = 262_144
+TASK_ROWS = 524_288
 RANGES = 256
 """Pool images per task, and the most ranges that a pool is cut into: they bound what a kill loses and what is kept."""
 BLOCK_ROWS = 65_536
 BLOCK_NEIGHBOURS = 1 << 23
 """Seeds in a block at most, and neighbours held for them."""
+SAMPLE_PLACES = 64
+"""Places in the pool whose first rows are the sample that a search is calibrated on."""
 NEXT_BEST_DEPTHS = (8, 32, 128)
 """Policy next_best looks at so many times `neighbours` images per seed: further, when some find too few."""
 HELD_OUT = (64, 256)
@@ -131,7 +134,7 @@ def _search(
     tuning = min(seed_search.TUNING_SEEDS, seeds // 2)
     held = min(max(HELD_OUT[0], min(HELD_OUT[1], seeds // 100)), seeds - tuning)
     tuned_on, held_out = np.sort(keys[:tuning]), np.sort(keys[tuning : tuning + held])
-    sample = _spread_over(stretches(inputs.pool, max(1024, seed_search.SAMPLE_ROWS // 16)), 16)
+    sample = _spread_over(stretches(inputs.pool, seed_search.SAMPLE_ROWS // SAMPLE_PLACES), SAMPLE_PLACES)
     options = {"rows": rows, "seeds": seeds, "recall": config.recall, "seed": context.seed}
     name = f"{prefix}-plan"
     call = (name, (sample, blocks, tuned_on, held_out, count, dimension, options))
@@ -167,9 +170,11 @@ def make_plan(
 ) -> dict[str, np.ndarray]:
     """The plan as arrays, and the seeds that are held out, (h, d) as stored."""
     each = max(1, seed_search.SAMPLE_ROWS // len(sample))
-    # Row groups may be larger than what is wanted of them.
-    drawn = (read_stretch(pieces, dimension)[1] for pieces in sample)
-    rows = np.concatenate([seed_search.widen(part[:: max(1, len(part) // each)][:each]) for part in drawn])
+    # Row groups may be far larger than what is wanted of them: their first rows are read.
+    shares = (
+        (piece, max(1, each * piece.rows // sum(p.rows for p in pieces))) for pieces in sample for piece in pieces
+    )
+    rows = np.concatenate([widen(piece.read(dimension, min(piece.rows, share))[1]) for piece, share in shares])
     chosen: dict[str, list[np.ndarray]] = {"tuned": [], "held": []}
     first = 0
     for block in blocks:
@@ -181,7 +186,7 @@ def make_plan(
                 for key, mine in inside.items():
                     chosen[key].append(seeds[mine])
             first += piece.rows
-    tuning = seed_search.widen(np.concatenate(chosen["tuned"]))
+    tuning = widen(np.concatenate(chosen["tuned"]))
     plan = seed_search.calibrate(rows, tuning, count, **options)
     return {**plan.arrays(), "held_out": np.concatenate(chosen["held"])}
 
@@ -191,19 +196,23 @@ def search_range(
 ) -> dict[str, np.ndarray]:
     """The nearest of a range of the pool for a block of seeds; measure: for the held-out seeds too, exactly."""
     _, seeds = read_stretch(block, search.dimension)
-    best = SeedBlock(search.plan, seeds, count) if search.plan is not None else None
-    exact = Neighbours.none(len(search.held_out) if best else len(seeds), count)
+    if search.plan is None:
+        found = Neighbours.none(len(seeds), count)
+        for slab in slabs:
+            ids, rows = read_stretch(slab, search.dimension)
+            found = found.merge(neighbours.nearest_neighbours(seeds, ids, rows, count))
+        return {"ids": found.ids, "similarity": found.similarity}
+    best = SeedBlock(search.plan, seeds, count)
+    held_out = ExactBlock(search.held_out if measure else search.held_out[:0], count)
     for slab in slabs:
-        ids, rows = read_stretch(slab, search.dimension)
-        if best is None:
-            exact = exact.merge(neighbours.nearest_neighbours(seeds, ids, rows, count))
-            continue
-        best.add(ids, rows)
-        if measure:
-            exact = exact.merge(neighbours.nearest_neighbours(search.held_out, ids, rows, count))
-    found = exact if best is None else best.neighbours()
-    kept = {"ids": found.ids, "similarity": found.similarity}
-    return kept if best is None else {**kept, "exact_ids": exact.ids, "exact_similarity": exact.similarity}
+        best.add(*read_stretch(slab, search.dimension), held_out)
+    found, exact = best.neighbours(), held_out.neighbours()
+    return {
+        "ids": found.ids,
+        "similarity": found.similarity,
+        "exact_ids": exact.ids,
+        "exact_similarity": exact.similarity,
+    }
 
 
 def merge_ranges(paths: Sequence[str], _: None) -> Neighbours:

@@ -38,11 +38,11 @@ def test_registers_give_the_rows_that_sums_one_by_one_give(pieces: int) -> None:
     sums = quantised.sums(codes, entries)
     cuts = np.median(sums, axis=1).astype(np.uint8)
     found, plain = np.zeros(4, np.uint32), np.zeros(4, np.uint32)
-    masks_of = quantised.shuffle_masks(pieces)
+    shape = quantised.shape_of(pieces)
     for queries in ([0, 1, 2, 3], [5, 4, 4, 1]):
         for block in range(2):
-            masks_of(codes[block], entries, np.array(queries), cuts, found)
-            quantised.plain_masks(codes[block], entries, np.array(queries), cuts, plain)
+            quantised.masks_of(shape, codes[block], entries, np.array(queries), cuts, found)
+            quantised.masks_of(None, codes[block], entries, np.array(queries), cuts, plain)
             assert found.tolist() == plain.tolist()
             for i, query in enumerate(queries):
                 passing = sums[query, block * 32 : block * 32 + 32] >= cuts[query]

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from curation import seed_search
+from curation.halves import widen
 from curation.neighbours import NO_ID, Neighbours, nearest_neighbours
 from curation.seed_search import SearchPlan, SeedBlock
 
@@ -25,7 +26,7 @@ def pool_and_seeds(rows: int, seeds: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def plan_for(pool: np.ndarray, seeds: np.ndarray, count: int, recall: float) -> SearchPlan:
-    sample, tuning = seed_search.widen(pool[::2]), seed_search.widen(seeds[:200])
+    sample, tuning = widen(pool[::2]), widen(seeds[:200])
     return seed_search.calibrate(sample, tuning, count, rows=len(pool), seeds=len(seeds), recall=recall, seed=0)
 
 
@@ -59,9 +60,7 @@ def test_a_plan_is_the_same_when_kept_and_read() -> None:
 def test_equal_images_are_ranked_by_id_and_all_found() -> None:
     row = unit(np.random.default_rng(0).standard_normal((1, DIMENSION))).astype(np.float16)
     pool = np.repeat(row, 500, axis=0)
-    plan = seed_search.calibrate(
-        seed_search.widen(pool), seed_search.widen(pool[:40]), 3, rows=500, seeds=40, recall=0.99, seed=0
-    )
+    plan = seed_search.calibrate(widen(pool), widen(pool[:40]), 3, rows=500, seeds=40, recall=0.99, seed=0)
     block = SeedBlock(plan, row, 3)
     block.add(np.arange(500, dtype=np.uint64)[::-1], pool)
     assert block.neighbours().ids.tolist() == [[0, 1, 2]]
@@ -75,13 +74,16 @@ def test_fewer_images_than_asked_for_leave_places_empty() -> None:
     assert np.all(block.neighbours().ids[:, 2:] == NO_ID)
 
 
-def test_halves_widen_exactly() -> None:
-    random = np.random.default_rng(0)
-    halves = np.concatenate([random.standard_normal((40, 16)), np.full((1, 16), 6e-8), np.zeros((1, 16))])
-    halves = halves.astype(np.float16)
-    assert np.array_equal(seed_search.widen(halves), halves.astype(np.float32))
-    chosen = np.array([3, 1])
-    assert np.array_equal(seed_search.widen(halves, chosen), halves[chosen].astype(np.float32))
+def test_a_few_seeds_are_compared_exactly_beside_the_search() -> None:
+    pool, seeds = pool_and_seeds(3000, 30)
+    ids = np.random.default_rng(1).permutation(20_000)[:3000].astype(np.uint64)
+    pool[100:140] = pool[7]
+    block = seed_search.ExactBlock(seeds, 4)
+    for start in range(0, 3000, 700):
+        block.add(ids[start : start + 700], widen(pool[start : start + 700]))
+    exact = nearest_neighbours(seeds, ids, pool, 4)
+    assert np.array_equal(block.neighbours().ids, exact.ids)
+    assert np.array_equal(block.neighbours().similarity, exact.similarity)
 
 
 def test_recall_counts_a_neighbour_as_similar_as_the_last_one() -> None:
