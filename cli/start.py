@@ -154,7 +154,9 @@ def _plan(
     from pipelines import plan, preflight
 
     planned = plan.plan(preflight.resolve(config), machine, first=first, last=until)
-    table = _table("stage", "rows in", "rows out", "read", "written", "FLOP", "memory/worker", "hours", "bound by")
+    table = _table(
+        "stage", "rows in", "rows out", "read", "written", "FLOP", "CPU s", "memory/worker", "hours", "bound by"
+    )
     for stage in planned.stages:
         table.add_row(
             stage.stage,
@@ -163,6 +165,7 @@ def _plan(
             _bytes(stage.bytes_read),
             _bytes(stage.bytes_written),
             f"{stage.flop:.1e}" if stage.flop else "-",
+            f"{stage.cpu_seconds:,.2g}" if stage.cpu_seconds < 100 else f"{stage.cpu_seconds:.1e}",
             _bytes(stage.memory_per_worker),
             _hours(stage.hours),
             stage.bound,
@@ -176,7 +179,7 @@ def _plan(
         lines += ["", "assumptions:"]
         lines += [f"  {a.name} = {a.value:g} {a.unit} ({a.origin})" for a in planned.assumptions]
     else:
-        lines.append("throughputs and shares kept are assumptions, not measurements: -v shows each, and the arithmetic")
+        lines.append("CPU s rest on measured rates, other throughputs and shares kept on assumptions: -v shows each")
     lines += [f"note: {note}" for note in planned.notes]
     print_result(planned.document(), lines, as_json)
 

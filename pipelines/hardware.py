@@ -66,6 +66,39 @@ CLUSTERS = {
 }
 """v100x160: what the DINOv2 paper used for its search (20 nodes of 8 V100-32GB); its cores and disks are assumed."""
 
+CALIBRATION = "benchmarks/results/plan-calibration.json"
+MEASURED: dict[str, tuple[float, str]] = {
+    "store": (24.6, "ns per value"),
+    "train": (0.0383, "ns per multiply-add"),
+    "truth": (4.43, "ns per pair"),
+    "choose": (135000, "ns per query"),
+    "assign": (0.0396, "ns per multiply-add"),
+    "visit": (3.62, "ns per score"),
+    "scan_hard": (4.41, "ns per pair"),
+    "scan_easy": (1.98, "ns per pair"),
+    "open": (118.0, "ns per visit"),
+    "verify": (4390, "ns per row"),
+    "driver": (3240, "ns per row"),
+    "seeding": (0.0911, "ns per multiply-add"),
+    "lloyd": (0.0338, "ns per multiply-add without bounds"),
+    "product": (0.0321, "ns per multiply-add"),
+    "tune": (0.134, "ns per multiply-add"),
+    "warm": (205.0, "ns per value of a seed"),
+    "code": (12.8, "ns per value"),
+    "scan_code": (0.0328, "ns per piece of a code"),
+    "sort": (15.2, "ns per row and doubling"),
+    "mix_row": (15.1, "ns per row and doubling"),
+    "manifest_row": (1770, "ns per row"),
+    "share_hard": (0.0151, "of all rows"),
+    "visits_hard": (6.32, "cells per row"),
+    "queries_hard": (7300, "queries"),
+    "share_easy": (0.00717, "of all rows"),
+    "visits_easy": (3.02, "cells per row"),
+    "queries_easy": (7750, "queries"),
+    "share_scanned": (0.122, "of all rows"),
+}
+"""One thread of an AMD EPYC of 2021, vectors of 512 dimensions: what each is the rate of says `pipelines/costs.py`."""
+
 WEB_IMAGE_BYTES = Assumption("image_bytes", 100e3, "B per image", "assumed: a web image as served")
 ASSUMPTIONS = (
     WEB_IMAGE_BYTES,
@@ -76,10 +109,9 @@ ASSUMPTIONS = (
     Assumption("filter_share", 1.0, "of images kept", "upper bound: nothing is assumed to be dropped"),
     Assumption("self_share", 1.1 / 1.3, "of pool kept", "DINOv2, appendix A: 1.3 B to 1.1 B"),
     Assumption("reference_share", 0.744 / 1.1, "of pool kept", "DINOv2, appendix A: 1.1 B to 744 M"),
-    Assumption("visits", 16, "cells per vector", "default of the join; a run measures what its recall needs"),
-    Assumption("imbalance", 1.8, "x mean cell", "upper end of 1.3-1.75 measured with two cores on 0.1-1 M vectors"),
-    Assumption("union_rate", 13.6e6, "edges/s, one core", "measured: union-find over 2e9 edges, numba"),
+    *(Assumption(name, value, unit, f"measured: {CALIBRATION}") for name, (value, unit) in MEASURED.items()),
 )
+KNOWN = {assumption.name: assumption.value for assumption in ASSUMPTIONS}
 
 MODELS: dict[str, tuple[float, int]] = {
     "mobilenet_v2": (0.6e9, 1280),

@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation.errors import UserError
-from pipelines import configuration, plan
+from pipelines import configuration, plan, plan_counts
 from pipelines.configuration import RunConfig, SourceConfig
-from pipelines.hardware import CLUSTERS, hardware, this_machine
+from pipelines.hardware import CLUSTERS, KNOWN, hardware, this_machine
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 PAPER = {"as is": 17_211_818, "retrieved, sample mode": 104_107_568, "retrieved, cluster mode": 20_790_000}
@@ -83,14 +83,41 @@ def test_rows_flow_from_stage_to_stage_and_the_plan_is_json() -> None:
     assert all(stage["arithmetic"] for stage in document["stages"])
 
 
-def test_dedup_arithmetic_is_that_of_cells_above_the_exact_bound() -> None:
+def test_dedup_arithmetic_above_the_exact_bound_can_be_done_by_hand() -> None:
     config = small()
     config.sources[0].images, config.sources[2].images = 1_300_000_000, 0
     config.sources.pop(2)
+    config.resources.memory_per_worker = "64GiB"
     stage = next(s for s in plan.plan(config, CLUSTERS["v100x160"]).stages if s.stage == "dedup")
-    n, d, visits = 1_300_000_000, 512, plan.KNOWN["visits"]
-    cells = round(4 * math.sqrt(n))
-    assert stage.flop == pytest.approx(2 * d * n * cells + 2 * d * n * visits * n / cells * 1.8)
+    n, d, p = 1_300_000_000, 512, 128
+    cells = round(2 * math.sqrt(n))
+    sample = 48 * cells
+    nanoseconds = {
+        "store": n * d,
+        "train": sample * (d * d + 2 * d * p + 5 * cells * p),
+        "truth": KNOWN["queries_hard"] * n,
+        "choose": KNOWN["queries_hard"],
+        "assign": n * p * (d + cells),
+        "visit": n * cells,
+        "scan_hard": n * n * KNOWN["share_hard"],
+        "open": n * KNOWN["visits_hard"],
+        "verify": n,
+        "driver": n,
+    }
+    assert stage.cpu_seconds == pytest.approx(sum(KNOWN[name] * units for name, units in nanoseconds.items()) / 1e9)
+    assert stage.serial_seconds == pytest.approx(KNOWN["driver"] * n / 1e9)
+    assert stage.hours == pytest.approx(
+        ((stage.cpu_seconds - stage.serial_seconds) / 800 + stage.serial_seconds) / 3600
+    )
+    assert stage.flop == 0
+
+
+def test_lvd142m_shows_the_arithmetic_of_every_stage_that_costs_cpu_time() -> None:
+    for stage in planned("lvd142m.yaml").stages:
+        lines = [line for line in stage.arithmetic if line.endswith("CPU s") and " = " in line]
+        assert bool(lines) == bool(stage.cpu_seconds)
+        shown = sum(float(line.rsplit("= ", 1)[1].removesuffix(" CPU s").replace(",", "")) for line in lines)
+        assert shown == pytest.approx(stage.cpu_seconds, rel=0.02)
 
 
 def test_twice_the_machines_halve_the_hours() -> None:
@@ -140,7 +167,7 @@ def test_sources_without_a_given_count_are_counted_from_their_files(
 ) -> None:
     source = SourceConfig.model_validate({"as": "pool", kind: str(files / name)})
     notes: list[str] = []
-    assert plan.count_rows("sources.0", source, notes) == rows
+    assert plan_counts.count_rows("sources.0", source, notes) == rows
     assert bool(notes) == (kind == "tars")
 
 

@@ -1,0 +1,84 @@
+"""Writes the tables and plots of docs/performance.md from the JSON files in benchmarks/results.
+
+    python -m benchmarks.page
+
+Text outside the markers `<!-- NAME -->` … `<!-- /NAME -->` stays. A section without results says so; run this again
+after new results. Plots need matplotlib (`pip install 'lvd-curate[dev]'`) and go to docs/performance/.
+"""
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import page_tables, plots
+from benchmarks.page_data import Results
+
+ROOT = Path(__file__).parents[1]
+MISSING = "*Not measured yet.*"
+
+SECTIONS: dict[str, Callable[[Results], str]] = {
+    "machine": page_tables.machine,
+    "targets": page_tables.targets,
+    "join": page_tables.join,
+    "join-steps": page_tables.join_steps,
+    "rivals": page_tables.rivals,
+    "add": page_tables.add,
+    "components": page_tables.components,
+    "driver": page_tables.driver,
+    "kmeans": page_tables.kmeans,
+    "hierarchy": page_tables.hierarchy,
+    "retrieve": page_tables.retrieve,
+    "images": page_tables.images,
+    "plan": page_tables.plan_checks,
+    "rates": page_tables.rates,
+    "billion": page_tables.billion,
+}
+PLOTS: dict[str, Callable[[Results, Path], str]] = {
+    "plot-join": plots.join,
+    "plot-recall": plots.recall,
+    "plot-rivals": plots.rivals,
+    "plot-kmeans": plots.kmeans,
+    "plot-hierarchy": plots.hierarchy,
+}
+
+
+def filled(text: str, parts: dict[str, str]) -> str:
+    """The page with what lies between the markers of each name replaced. Raises KeyError for a marker not known."""
+
+    def part(match: re.Match[str]) -> str:
+        name = match[1]
+        return f"<!-- {name} -->\n{parts[name] or MISSING}\n<!-- /{name} -->"
+
+    return re.sub(r"<!-- ([\w-]+) -->\n.*?<!-- /\1 -->", part, text, flags=re.DOTALL)
+
+
+def picture(draw: Callable[[Results, Path], str], results: Results, path: Path) -> str:
+    """The Markdown of a plot, drawn if there is anything to draw. draw: returns what is to be seen, or nothing."""
+    seen = draw(results, path)
+    if not seen:
+        path.unlink(missing_ok=True)
+        return ""
+    return f"![{seen}](performance/{path.name})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--format", default="svg", choices=["svg", "png"], help="png: to look at, beside the page")
+    arguments = parser.parse_args()
+    results = Results(arguments.results)
+    folder = arguments.page.parent / "performance"
+    folder.mkdir(parents=True, exist_ok=True)
+    parts = {name: make(results) for name, make in SECTIONS.items()}
+    for name, draw in PLOTS.items():
+        path = folder / f"{name.removeprefix('plot-')}.{arguments.format}"
+        parts[name] = picture(draw, results, path)
+    if arguments.format == "svg":
+        arguments.page.write_text(filled(arguments.page.read_text(encoding="utf-8"), parts), encoding="utf-8")
+    print("\n".join(f"{name}: {'written' if text else 'no results'}" for name, text in parts.items()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,411 @@
+"""The tables of docs/performance.md; each function gives Markdown, or nothing where there are no results."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from benchmarks.page_data import KINDS, Results
+from pipelines import configuration, costs, plan
+from pipelines.hardware import CLUSTERS
+
+GIB = 2**30
+MILLION = 1_000_000
+PAPER_IMAGES = 1_200_000_000
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """Markdown; the first column is text, the others are numbers."""
+    lines = [" | ".join(heads), " | ".join(["---", *["---:"] * (len(heads) - 1)])]
+    body = [" | ".join(str(cell) for cell in row) for row in rows]
+    return "\n".join(f"| {line} |" for line in [*lines, *body]) if body else ""
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three digits that count, with commas."""
+    if value is None:
+        return "-"
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}" if value < 100 else f"{value:.0f}"
+
+
+def linked(names: Iterable[str]) -> str:
+    shown = ", ".join(f"[{name}.json](../benchmarks/results/{name}.json)" for name in names)
+    return f"\n\nFrom {shown}."
+
+
+def machine(results: Results) -> str:
+    known = results.read("plan-calibration") or next((d for _, d in results.named("join-*")), None)
+    if known is None:
+        return ""
+    facts, versions = known["machine"], known["versions"]
+    kernels = sorted({str(lib["architecture"]) for lib in facts["libraries"] if lib.get("architecture")})
+    return (
+        f"{facts['processor']}, {facts['cores']} cores, {facts['memory_bytes'] / GIB:.0f} GiB, BLAS kernels "
+        f"{', '.join(kernels)}; Python {versions['python']}, numpy {versions['numpy']}, numba {versions['numba']}, "
+        f"faiss-cpu {versions['faiss-cpu']}. One thread."
+    )
+
+
+# ---- targets ---------------------------------------------------------------------------------------------------------
+
+
+def targets(results: Results) -> str:
+    """What was asked for beside what was measured."""
+    rows: list[tuple[str, str, str, str]] = []
+
+    def add(what: str, asked: str, found: float | None, good: bool, shown: str = "") -> None:
+        state = "not measured" if found is None else ("yes" if good else "**no**")
+        rows.append((what, asked, "-" if found is None else shown or number(found), state))
+
+    for kind, ratio, exponent in (("hard", 30, 1.7), ("easy", 60, 1.4)):
+        run = results.join(kind, MILLION)
+        if run is not None:
+            low = run["report"]["recall_low"]
+            add(f"join, 1 M {kind}: recall, lower end", "≥ 0.99", low, low >= 0.99, f"{low:.4f}")
+            found = run["ratio_to_exact"]
+            add(f"join, 1 M {kind}: exact's CPU time over ours", f"≥ {ratio}", found, found >= ratio)
+            peak = run["peak_bytes"] / GIB
+            add(f"join, 1 M {kind}: peak memory, GiB", "≤ 3", peak, peak <= 3)
+            rival = results.fastest_rival(kind, MILLION)
+            over = rival.cpu_seconds / run["cpu_seconds"] if rival else None
+            add(f"join, 1 M {kind}: best FAISS, tuned already, over ours", "≥ 2", over, bool(over and over >= 2))
+            over = rival.cpu_seconds / run["cpu_seconds_without_measuring"] if rival else None
+            what = f"join, 1 M {kind}: the same, our measuring of recall not counted either"
+            add(what, "≥ 2", over, bool(over and over >= 2))
+        else:
+            add(f"join, 1 M {kind}", "", None, False)
+        slope = results.exponent(kind)
+        add(f"join, {kind}: exponent 125 k to 1 M", f"≤ {exponent}", slope, bool(slope and slope <= exponent))
+    two = next((run for kind in KINDS for run in results.joins(kind) if run["vectors"] == 2 * MILLION), None)
+    peak = two["peak_bytes"] / GIB if two else None
+    add("join of 2 M completes in 24 GiB, GiB", "≤ 24", peak, bool(peak and peak <= 24))
+    parts = results.read("components")
+    edges = parts["methods"]["union_find"]["median_edges_per_cpu_second"] / 1e6 if parts else None
+    add("components: million edges a CPU second", "≥ 10", edges, bool(edges and edges >= 10))
+    kinds = results.read("kmeans")
+    for topics in sorted({r["topics"] for r in kinds["results"]}) if kinds else []:
+        for own in ("ours-half", "ours"):
+            found = next(
+                (
+                    r
+                    for r in kinds["ratios"]
+                    if (r["topics"], r["of"], r["over"]) == (topics, own, "faiss-afk-mc2") and r["objective"]
+                ),
+                None,
+            )
+            if found:
+                name = f"k-means, {topics} topics, {own.replace('ours', 'our steps').replace('-half', ' halved')}"
+                good = found["objective"] < 1 and found["cpu_seconds"] <= 1
+                shown = f"{found['objective']:.4f}, {found['cpu_seconds']:.2f}"
+                add(f"{name}: objective and CPU time over FAISS's (AFK-MC2)", "< 1, ≤ 1", 1.0, good, shown)
+    tree = results.read("hierarchy")
+    if tree:
+        more = tree["over_the_transcription"]["ours"]
+        spread = tree["results"]["transcription"]["standard_deviation"] or 0.0
+        add(
+            f"hierarchy ({tree['seeds_done']} seeds): effective concepts more than the transcription's",
+            f"≥ -{spread:.1f} (its spread)",
+            1.0,
+            more["effective_concepts_more"] >= -spread,
+            f"{more['effective_concepts_more']:+.1f}",
+        )
+        share = more["cpu_seconds_ratio"]
+        add("hierarchy: share of its CPU time", "≤ 0.1", share, share <= 0.1)
+    found = next((d for d in results.retrievals() if d["arguments"]["vectors"] == MILLION), None)
+    own = found["methods"]["curate retrieve"] if found else None
+    add("retrieval, 1 M: recall@4", "≥ 0.99", own and own["recall"], bool(own and own["recall"] >= 0.99))
+    share = own["share_of_exact"] if own else None
+    add("retrieval, 1 M: share of exact's CPU time", "≤ 0.1", share, bool(share and share <= 0.1))
+    for name, document in results.named("add-*"):
+        share = document["added_over_from_nothing_cpu"]
+        add(f"adding 5 % ({name}): share of the join's CPU time", "≤ 0.2", share, share <= 0.2)
+    checks = (results.read("plan-calibration") or {}).get("checks", [])
+    for row in (row for row in checks if "told" not in row["stage"]):
+        add(
+            f"plan, {row['stage']} at 1 M: error of the prediction",
+            "within 30 %",
+            1.0,
+            row["within_30_percent"],
+            f"{row['error']:+.0%}",
+        )
+    return table(("what", "asked", "measured", "reached"), rows)
+
+
+# ---- the join --------------------------------------------------------------------------------------------------------
+
+
+def join(results: Results) -> str:
+    rows, names = [], []
+    for kind in KINDS:
+        for run in results.joins(kind):
+            report = run["report"]
+            names.append(f"join-{kind}-{run['vectors']}")
+            rows.append(
+                (
+                    f"{kind}, {run['vectors']:,}",
+                    number(run["cpu_seconds"]),
+                    number(run["cpu_seconds_without_measuring"]),
+                    number(run["exact_cpu_seconds"]),
+                    f"1/{run['ratio_to_exact']:.0f}",
+                    f"{report['recall']:.4f} ({report['recall_low']:.4f}-{report['recall_high']:.4f})",
+                    f"{report['share_compared']:.2%}",
+                    f"{run['peak_bytes'] / GIB:.2f}",
+                )
+            )
+    heads = (
+        "vectors", "CPU s", "without measuring recall", "exact, extrapolated", "share", "recall above 0.6 (95 %)",
+        "rows a vector meets", "peak GiB",
+    )  # fmt: skip
+    text = table(heads, rows)
+    slopes = [f"{slope:.2f} ({kind})" for kind in KINDS if (slope := results.exponent(kind)) is not None]
+    if slopes:
+        text += f"\n\nExponent of CPU seconds against vectors between 125,000 and 1,000,000: {', '.join(slopes)}."
+    return text + linked(names) if rows else ""
+
+
+STEPS = {
+    "store_sketched": "read, store, sketch",
+    "train_cells": "train cells",
+    "search_queries": "measure recall",
+    "assign_piece": "assign to cells",
+    "join_cells": "compare sketches, verify, forests",
+    "driver": "driver",
+}
+
+
+def join_steps(results: Results) -> str:
+    runs = [(kind, run) for kind in KINDS for run in results.joins(kind)]
+    steps = list(dict.fromkeys(step for _, run in runs for step in run["cpu_seconds_by_step"]))
+    rows = [
+        (STEPS.get(step, step), *(number(run["cpu_seconds_by_step"].get(step)) for _, run in runs)) for step in steps
+    ]
+    return table(("CPU seconds of", *(f"{kind} {run['vectors']:,}" for kind, run in runs)), rows) if runs else ""
+
+
+def rivals(results: Results) -> str:
+    rows = []
+    sizes = sorted({(rival.kind, rival.vectors) for rival in results.rivals()}, key=lambda s: (s[1], s[0] != "hard"))
+    for kind, vectors in sizes:
+        run = results.join(kind, vectors)
+        own = run["cpu_seconds"] if run else None
+        bare = run["cpu_seconds_without_measuring"] if run else None
+        if own and bare:
+            recall, peak = f"{run['report']['recall']:.4f}", f"{run['peak_bytes'] / GIB:.2f}"
+            rows.append((f"**ours**, {kind}, {vectors:,}", number(own), "1", f"{own / bare:.2f}", recall, peak))
+        for rival in results.best_rivals(kind, vectors):
+            recall = "1" if rival.method == "exact" else f"{rival.recall:.4f}" if rival.recall is not None else "-"
+            rows.append(
+                (
+                    f"{rival.name}, {kind}, {vectors:,}" + (" (extrapolated)" if rival.extrapolated else ""),
+                    number(rival.cpu_seconds),
+                    f"{rival.cpu_seconds / own:.2f}" if own else "-",
+                    f"{rival.cpu_seconds / bare:.2f}" if bare else "-",
+                    recall,
+                    f"{rival.peak_bytes / GIB:.2f}",
+                )
+            )
+    names = [name for name, _ in results.named("rivals-*")]
+    text = table(
+        ("method, vectors", "CPU s", "over ours", "over ours without measuring", "recall above 0.6", "peak GiB"), rows
+    )
+    return text + linked(names) if text else ""
+
+
+def add(results: Results) -> str:
+    rows = []
+    for name, document in results.named("add-*"):
+        asked = document["arguments"]
+        rows.append(
+            (
+                f"{asked['new']:.0%} of {asked['count']:,} {asked['kind']} ({name})",
+                number(document["joins"]["added"]["cpu_seconds"]),
+                f"{document['added_over_from_nothing_cpu']:.2f}",
+                f"{document['added_over_all_in_the_same_cells_cpu']:.2f}",
+                "yes" if document["equal_components_as_all_in_the_same_cells"] else "no",
+                f"{document['agreement_with_from_nothing']['share']:.4f}",
+            )
+        )
+    heads = (
+        "new images", "CPU s", "over a join from nothing", "over all in the same cells", "components equal",
+        "images in equal components, from nothing",
+    )  # fmt: skip
+    return table(heads, rows) + linked(n for n, _ in results.named("add-*")) if rows else ""
+
+
+def components(results: Results) -> str:
+    document = results.read("components")
+    if document is None:
+        return ""
+    rows = [
+        (name.replace("_", "-"), number(method["median_edges_per_cpu_second"] / 1e6),
+         f"{method['runs'][0]['state_bytes_per_node']:.0f}")
+        for name, method in document["methods"].items()
+    ]  # fmt: skip
+    return table(("components by", "million edges a CPU second", "bytes a node"), rows) + linked(["components"])
+
+
+def driver(results: Results) -> str:
+    document = results.read("dedup_driver")
+    if document is None:
+        return ""
+    found, images = document["driver"], document["arguments"]["images"]
+    return (
+        f"The driver of `dedup` took {found['driver_cpu_seconds']:.0f} CPU seconds for {images:,} images with a made "
+        f"forest, {found['anonymous_bytes_per_image']} bytes an image that it must have and "
+        f"{found['file_bytes_per_image']} of file pages." + linked(["dedup_driver"])
+    )
+
+
+# ---- clusters, retrieval, images -------------------------------------------------------------------------------------
+
+
+def kmeans(results: Results) -> str:
+    document = results.read("kmeans")
+    if document is None:
+        return ""
+    rows = [
+        (f"{r['method']}, {r['topics']} topics, seed {r['seed']}", number(r["cpu_seconds"]), f"{r['objective']:.4f}")
+        for r in sorted(document["results"], key=lambda r: (r["topics"], r["seed"], r["objective"]))
+    ]
+    asked = document["arguments"]
+    text = (
+        f"{asked['vectors']:,} x {asked['dimension']}, k = {asked['clusters']:,}, {asked['iterations']} iterations "
+        f"(ours-half: {asked['iterations'] // 2}).\n\n"
+    )
+    return text + table(("method", "CPU s", "mean squared distance"), rows) + linked(["kmeans"])
+
+
+def hierarchy(results: Results) -> str:
+    document = results.read("hierarchy")
+    if document is None:
+        return ""
+    rows = []
+    for name, found in document["results"].items():
+        spread = found["standard_deviation"]
+        rows.append(
+            (
+                name,
+                f"{found['mean']:.1f}" + (f" ± {spread:.1f}" if spread is not None else ""),
+                number(found["cpu_seconds_mean"]),
+            )
+        )
+    asked = document["arguments"]
+    text = (
+        f"{asked['vectors']:,} x {asked['dimension']}, {asked['concepts']} concepts of Zipf sizes, levels "
+        f"{asked['levels']}, {asked['target']:,} images taken, {document['seeds_done']} seeds; the pool itself "
+        f"has {document['pool_effective_concepts']} effective concepts.\n\n"
+    )
+    return text + table(("method", "effective concepts", "CPU s"), rows) + linked(["hierarchy"])
+
+
+def retrieve(results: Results) -> str:
+    rows = []
+    for document in results.retrievals():
+        asked = document["arguments"]
+        for name, method in document["methods"].items():
+            if "cpu_seconds" in method:
+                rows.append(
+                    (
+                        f"{name}, {asked['seeds']:,} seeds in {asked['vectors']:,}",
+                        number(method["cpu_seconds"]),
+                        f"{method['share_of_exact']:.3f}" if "share_of_exact" in method else "1 (extrapolated)",
+                        f"{method['recall']:.4f}" if "recall" in method else "1",
+                        f"{method['peak_bytes'] / GIB:.2f}" if "peak_bytes" in method else "-",
+                    )
+                )
+    names = [name for name, document in results.named("retrieve*") if "methods" in document]
+    heads = ("method", "CPU s", "share of exact", "recall@N", "peak GiB")
+    return table(heads, rows) + linked(names) if rows else ""
+
+
+def images(results: Results) -> str:
+    document = results.read("image_rivals")
+    if document is None:
+        return ""
+    rows: list[tuple[object, ...]] = []
+    for name, tool in document.items():
+        if not isinstance(tool, dict) or ("found" not in tool and "error" not in tool):
+            continue
+        if "error" in tool:
+            rows.append((name, "-", "-", "-", "-", tool["error"]))
+        for setting, found in tool.get("found", {}).items():
+            rows.append(
+                (
+                    f"{name}, {setting}",
+                    f"{found['recall']:.3f}",
+                    f"{found['precision']:.3f}",
+                    f"{found['recall_of_components']:.3f}",
+                    f"{found['precision_of_components']:.3f}",
+                    f"{found['largest_component']:,}",
+                )
+            )
+    text = f"{document['images']:,} images of the demo, {document['true_pairs']} planted pairs of copies.\n\n"
+    heads = ("tool, setting", "pair recall", "precision", "recall of components", "their precision", "largest")
+    return text + table(heads, rows) + linked(["image_rivals"])
+
+
+# ---- the plan --------------------------------------------------------------------------------------------------------
+
+
+def plan_checks(results: Results) -> str:
+    document = results.read("plan-calibration")
+    if document is None:
+        return ""
+    rows = [
+        (
+            row["stage"],
+            number(row["predicted_cpu_seconds"]),
+            number(row["measured_cpu_seconds"]),
+            f"{row['error']:+.0%}",
+            "yes" if row["within_30_percent"] else "**no**",
+            row["runs"],
+        )
+        for row in document.get("checks", [])
+    ]
+    heads = ("stage at 1,000,000", "predicted CPU s", "measured CPU s", "error", "within 30 %", "runs measured")
+    return table(heads, rows) + linked(["plan-calibration"]) if rows else ""
+
+
+def rates(results: Results) -> str:
+    document = results.read("plan-calibration")
+    if document is None:
+        return ""
+    every = document["rates_nanoseconds"] | document["facts"]
+    from pipelines.hardware import MEASURED
+
+    return table(
+        ("rate", "value", "unit"),
+        [(f"`{name}`", number(v), MEASURED.get(name, (0, ""))[1]) for name, v in every.items()],
+    )
+
+
+def billion(results: Results) -> str:
+    """The join of 1.2 billion images with its arithmetic, and the whole of configs/lvd142m.yaml."""
+    if results.read("plan-calibration") is None:
+        return ""
+    cluster = CLUSTERS["v100x160"]
+    memory = 16 << 30
+    parts = []
+    for kind in KINDS:
+        terms = costs.join(PAPER_IMAGES, 512, memory, kind)
+        rows = [
+            (t.step, t.formula, f"{t.units:.2e}", number(t.seconds() / t.units * 1e9), f"{t.seconds():.2e}")
+            for t in terms
+        ]
+        total = costs.seconds(terms)
+        rows.append(
+            (f"all, {kind}", f"/ {cluster.cores} cores = {total / cluster.cores / 3600:.1f} h", "", "", f"{total:.2e}")
+        )
+        parts.append(table((f"join of n = {PAPER_IMAGES:,}, {kind}", "units", "number", "ns each", "CPU s"), rows))
+    planned = plan.plan(configuration.load("configs/lvd142m.yaml"), cluster)
+    rows_of: list[tuple[Any, ...]] = [
+        (s.stage, f"{s.rows_in:,}", f"{s.cpu_seconds:.1e}" if s.cpu_seconds else "-",
+         f"{s.flop:.1e}" if s.flop else "-", f"{s.hours:.2g}", s.bound)
+        for s in planned.stages
+    ]  # fmt: skip
+    rows_of.append(("all", "", "", "", f"{planned.hours:,.0f}", ""))
+    parts.append(
+        f"`configs/lvd142m.yaml` (1.3 billion images as listed) on {cluster.describe()}:\n\n"
+        + table(("stage", "rows in", "CPU s", "FLOP of models and exact products", "hours", "bound by"), rows_of)
+    )
+    return "\n\n".join(parts)
