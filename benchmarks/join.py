@@ -1,152 +1,174 @@
-"""Measures the near-duplicate join: CPU seconds, recall and what a threshold sweep costs.
+"""Measures the near-duplicate join: CPU seconds by step, memory, recall against an oracle of its own, and exact's cost.
 
-    python -m benchmarks.join --vectors 100000 --out benchmarks/results/join-100k.json
+    python -m benchmarks.join --kind hard --vectors 1000000 --folder /tmp/hard-1000000 \
+        --out benchmarks/results/join-hard-1000000.json
 
-The vectors are made, not real: originals around topics whose sizes follow Zipf's law, and 25 % copies of an original
-at cosines uniform in .6-.99 with isotropic noise, which is harder than the copies that crops and recompression make.
-One process, one thread; all pairs that were planted are checked against the components found.
+Vectors: `benchmarks.data`. One process, one thread. The exact join is measured on blocks in the same process, before
+and after, and extrapolated to the symmetric half of all pairs. The join's own recall is compared with
+`benchmarks.truth`, which shares nothing with it but the definition of similarity.
 """
 
 # The number of threads is set before numpy is imported.
 # ruff: noqa: E402
 import argparse
 import json
-import os
-import platform
-import sys
+import shutil
 import tempfile
 import time
-from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
-for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
-    os.environ.setdefault(_name, "1")
+from benchmarks import machine
+
+machine.one_thread()
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from curation import vectors
+from benchmarks import data, truth
+from curation import products, sketch, vectors
+from curation.duplicates.cells import Cells
 from curation.duplicates.components import components, sweep
-from curation.duplicates.join import JoinOptions, self_join, serial
+from curation.duplicates.join import self_join
 from curation.duplicates.members import Members, bundled, max_piece_rows, whole_set
+from curation.duplicates.recall import EXPONENTS
 from curation.duplicates.scratch import Scratch
+from curation.duplicates.tasks import JoinOptions, serial
+
+THRESHOLDS = (0.6, 0.7, 0.8, 0.9)
+MEASURING = ("search_queries",)
+"""Steps that only measure recall and choose the visits."""
+BLOCK = 8192
 
 
-def make(
-    count: int, dimension: int, copies: float, seed: int, topics: int = 300
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """((n, d) float16, and per copy: its row, its original's row, its similarity to it)."""
-    random = np.random.default_rng(seed)
+def run(made: data.Data, arguments: argparse.Namespace, scratch: str) -> dict[str, Any]:
+    """The join, timed; the oracle afterwards."""
+    known = vectors.open_folder(made.vectors)
+    options = JoinOptions(
+        arguments.threshold, arguments.recall, memory_bytes=int(arguments.memory_gib * 2**30), exact_multiply_adds=0
+    )
+    most = max_piece_rows(options.memory_bytes, known.dimension)
+    members = Members(bundled(whole_set(known, most), most), known.dimension, True, known.rows)
+    exact_before = exact_seconds(made)
+    machine.forget_peak()
+    steps: dict[str, float] = {}
+    longest: dict[str, float] = {}
 
-    def unit(rows: np.ndarray) -> np.ndarray:
-        return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    def timed(function, calls, *, shared=None):  # type: ignore[no-untyped-def]
+        for call in calls:
+            begin = time.process_time()
+            results = list(serial(function, [call], shared=shared))
+            spent = time.process_time() - begin
+            steps[function.__name__] = steps.get(function.__name__, 0.0) + spent
+            longest[function.__name__] = max(longest.get(function.__name__, 0.0), spent)
+            yield from results
 
-    def noise(rows: int) -> np.ndarray:
-        return unit(random.standard_normal((rows, dimension), dtype=np.float32))
+    wall, cpu = time.perf_counter(), time.process_time()
+    ids = np.arange(known.rows, dtype=np.uint64)
+    result = self_join(members, ids, options, Scratch(scratch), timed, THRESHOLDS)
+    labels = components(result.forest, known.rows, options.threshold)
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    peak = machine.peak_bytes()
+    begin = time.process_time()
+    counts = sweep(result.forest, known.rows, THRESHOLDS)
+    sweep_seconds = time.process_time() - begin
+    steps["driver"] = cpu - sum(steps.values())
+    exact = (exact_before + exact_seconds(made)) / 2
+    measuring = sum(steps.get(name, 0.0) for name in MEASURING)
+    return {
+        "cpu_seconds": round(cpu, 2),
+        "wall_seconds": round(wall, 2),
+        "cpu_seconds_by_step": {name: round(seconds, 2) for name, seconds in steps.items()},
+        "longest_task_cpu_seconds": {name: round(seconds, 2) for name, seconds in longest.items()},
+        "cpu_seconds_without_measuring": round(cpu - measuring, 2),
+        "peak_bytes": peak,
+        "exact_cpu_seconds": round(exact, 1),
+        "exact_is": f"extrapolated from blocks of {BLOCK} x {BLOCK} rows, before and after the join",
+        "ratio_to_exact": round(exact / cpu, 2),
+        "ratio_to_exact_without_measuring": round(exact / (cpu - measuring), 2),
+        "forest_edges": len(result.forest),
+        "removed": int((labels != np.arange(len(labels), dtype=labels.dtype)).sum()),
+        "sweep_cpu_seconds": round(sweep_seconds, 3),
+        "sweep": counts,
+        "rule": None if result.cells is None else vars(result.cells.rule),
+        "report": result.report,
+        "oracle": oracle(made, options.threshold, result.cells, labels) if arguments.oracle else None,
+    }
 
-    originals = round(count * (1 - copies))
-    share = 1 / np.arange(1, topics + 1)
-    topic = random.choice(topics, originals, p=share / share.sum())
-    rows = np.empty((count, dimension), np.float32)
-    rows[:originals] = unit(0.6 * noise(topics)[topic] + 0.8 * noise(originals))
-    source = random.integers(0, originals, count - originals)
-    cosine = random.uniform(0.6, 0.99, len(source)).astype(np.float32)[:, None]
-    sideways = noise(len(source))
-    sideways = unit(sideways - (sideways * rows[source]).sum(axis=1, keepdims=True) * rows[source])
-    rows[originals:] = cosine * rows[source] + np.sqrt(1 - cosine**2) * sideways
-    order = random.permutation(count)
-    place = np.empty(count, np.int64)
-    place[order] = np.arange(count)
-    stored = unit(rows[order]).astype(np.float16)
-    copy, original = place[originals:], place[source]
-    return stored, copy, original, vectors.similarity(stored[copy], stored[original])
+
+def exact_seconds(made: data.Data) -> float:
+    """CPU seconds of comparing the symmetric half of all pairs, from one block of products and its decisions."""
+    known = vectors.open_folder(made.vectors)
+    parts: list[np.ndarray] = []
+    for _, _, block in known.blocks():
+        parts.append(block)
+        if sum(map(len, parts)) >= 2 * BLOCK:
+            break
+    rows = np.concatenate(parts)[: 2 * BLOCK].astype(np.float32)
+    one, other = rows[: len(rows) // 2], rows[len(rows) // 2 :]
+    starts = np.zeros(len(one), np.int64)
+    list(products.pairs_above(one[:64], other[:64], 0.6, starts[:64], half=True))
+    begin = time.process_time()
+    for _ in products.pairs_above(one, other, 0.6, starts, half=True):
+        pass
+    spent = time.process_time() - begin
+    return spent * (made.count * (made.count - 1) / 2) / (len(one) * len(other))
+
+
+def oracle(made: data.Data, threshold: float, cells: Cells | None, labels: np.ndarray) -> dict[str, Any]:
+    """Recall on exact pairs of other queries, and the share of them that are in one component."""
+    sample = truth.sample_of(made, threshold)
+    one, other = sample.ends()
+    together = labels[one] == labels[other]
+    document: dict[str, Any] = {"in_one_component": truth.recall(sample, together)}
+    if cells is None or cells.rule is None:
+        return document | {"recall": truth.recall(sample, np.ones(len(one), bool))}
+    rows, place = np.unique(np.concatenate([one, other]), return_inverse=True)
+    left, right = place[: len(one)], place[len(one) :]
+    known = vectors.open_folder(made.vectors)
+    held = np.empty((len(rows), known.dimension), np.float16)
+    for partition, _, block in known.blocks():
+        inside = (rows >= partition.first_row) & (rows < partition.first_row + partition.rows)
+        held[inside] = block[rows[inside] - partition.first_row]
+    rule, bits = cells.rule, sketch.sketches(held)
+    gaps = np.concatenate(
+        [cells.gaps(held[left[k : k + BLOCK]], held[right[k : k + BLOCK]]) for k in range(0, len(left), BLOCK)]
+    )
+    found = gaps[:, EXPONENTS.index(rule.exponent)] <= np.float32(rule.reach)
+    for words, cut in zip((rule.first_words, sketch.HALF, sketch.WORDS), rule.cuts, strict=True):
+        found &= sketch.distances(bits[left], bits[right], words) <= cut
+    found |= (held[left] == held[right]).all(axis=1)
+    return document | {"recall": truth.recall(sample, found)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vectors", type=int, default=100_000)
-    parser.add_argument("--dimension", type=int, default=512)
-    parser.add_argument("--copies", type=float, default=0.25)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kind", default="hard", choices=sorted(data.KINDS))
+    parser.add_argument("--vectors", type=int, default=125_000)
+    parser.add_argument("--folder", required=True, help="of the vectors, made if it does not hold them")
     parser.add_argument("--threshold", type=float, default=0.6)
     parser.add_argument("--recall", type=float, default=0.99)
+    parser.add_argument("--memory-gib", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--exact", action="store_true", help="compare every pair instead")
+    parser.add_argument("--no-oracle", dest="oracle", action="store_false")
     parser.add_argument("--out", required=True)
     arguments = parser.parse_args()
-    stored, copy, original, similarity = make(arguments.vectors, arguments.dimension, arguments.copies, arguments.seed)
-    stages: dict[str, float] = {}
-
-    def timed(function, calls, *, shared=None):  # type: ignore[no-untyped-def]
-        begin = time.process_time()
-        results = list(serial(function, calls, shared=shared))
-        stages[function.__name__] = stages.get(function.__name__, 0.0) + time.process_time() - begin
-        return results
-
-    with tempfile.TemporaryDirectory() as folder:
-        for number, rows in enumerate(np.array_split(np.arange(len(stored)), max(1, len(stored) // 25_000))):
-            column = pa.FixedSizeListArray.from_arrays(pa.array(stored[rows].ravel()), stored.shape[1])
-            pq.write_table(
-                pa.table({"image_id": rows.astype(np.uint64), "embedding": column}),
-                f"{folder}/{number:05d}.parquet",
-                use_dictionary=False,
-                compression="none",
-            )
-        known = vectors.open_folder(folder)
-        options = JoinOptions(
-            arguments.threshold,
-            recall=arguments.recall,
-            exact_multiply_adds=float("inf") if arguments.exact else 0,
-        )
-        most = max_piece_rows(options.memory_bytes, known.dimension)
-        members = Members(bundled(whole_set(known, most), most), known.dimension, True, known.rows)
-        wall, cpu = time.perf_counter(), time.process_time()
-        result = self_join(
-            members,
-            np.arange(known.rows, dtype=np.uint64),
-            options,
-            Scratch(f"{folder}/scratch"),
-            timed,
-            thresholds=[0.6, 0.7, 0.8, 0.9],
-        )
-        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
-    begin = time.process_time()
-    counts = sweep(result.forest, known.rows, [t for t in (0.6, 0.7, 0.8, 0.9) if t >= arguments.threshold])
-    sweep_seconds = time.process_time() - begin
-    labels = components(result.forest, known.rows, arguments.threshold)
-    true = similarity > np.float32(arguments.threshold)
-    together = labels[copy[true]] == labels[original[true]]
+    made = data.make(arguments.kind, arguments.folder, arguments.vectors, seed=arguments.seed)
+    scratch = tempfile.mkdtemp(prefix="join-", dir=Path(arguments.folder).parent)
+    try:
+        figures = run(made, arguments, f"{scratch}/scratch")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
     document = {
         "program": "benchmarks/join.py",
-        "arguments": {key: value for key, value in vars(arguments).items() if key != "out"},
-        "machine": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "threads_used": 1,
-            "system": platform.platform(),
-        },
-        "versions": {name: version(name) for name in ("numpy", "numba", "faiss-cpu", "pyarrow")}
-        | {"python": sys.version.split()[0]},
-        "cpu_seconds": round(cpu, 2),
-        "wall_seconds": round(wall, 2),
-        "cpu_seconds_by_step": {name: round(seconds, 2) for name, seconds in stages.items()},
-        "forest_edges": len(result.forest),
-        "planted_pairs_above_threshold": int(true.sum()),
-        "planted_pairs_in_one_component": round(float(together.mean()), 5),
-        "sweep_cpu_seconds": round(sweep_seconds, 3),
-        "sweep": counts,
-        "report": result.report,
-    }
-    with open(arguments.out, "w", encoding="utf-8") as file:
-        file.write(json.dumps(document, indent=1) + "\n")
-    print(json.dumps(document, indent=1))
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            return next(line.split(":")[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
+        "kind": arguments.kind,
+        "vectors": arguments.vectors,
+        "arguments": {k: v for k, v in vars(arguments).items() if k not in ("out", "folder")},
+        "data": made.parameters,
+        "machine": machine.facts(),
+        "versions": machine.versions(("numpy", "numba", "faiss-cpu", "pyarrow")),
+    } | figures
+    Path(arguments.out).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    print(json.dumps({k: document[k] for k in ("cpu_seconds", "ratio_to_exact", "cpu_seconds_by_step")}))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from curation.order import hash_keys
 
 WORDS = 16
 """Words of 64 bits in a sketch."""
+HALF = 8
 LONGEST_FIRST = 4
 SCALE_BITS = 15
 LANES = 16
@@ -65,20 +66,19 @@ def scan(
     columns: np.ndarray,
     starts: np.ndarray,
     first_words: int,
-    first_cut: int,
-    cut: int,
+    cuts: tuple[int, int, int],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs (i, j >= starts[i]) at most `first_cut` apart in the first words and `cut` in all of them.
+    """Pairs (i, j >= starts[i]) whose sketches are near in the first words, in the first half, and as a whole.
 
-    queries: (a, w) uint64. columns: (b, w) uint64. starts: (a,) int64. first_words: 1 to LONGEST_FIRST. Yields (m,)
-    int64 rows and columns, row-major.
+    queries: (a, WORDS) uint64. columns: (b, WORDS) uint64. starts: (a,) int64. first_words: 1 to LONGEST_FIRST. cuts:
+    the greatest distance in `first_words`, HALF and all words. Yields (m,) int64 rows and columns, row-major.
     """
     by_word = np.ascontiguousarray(columns[:, :first_words].T)
     room = max(PAIRS_HELD, 2 * len(columns))
     rows, found = np.empty(room, np.int32), np.empty(room, np.int32)
     row = 0
     while row < len(queries):
-        count, row = _scan(queries, by_word, columns, starts, first_cut, cut, row, rows, found)
+        count, row = _scan(queries, by_word, columns, starts, cuts, row, rows, found)
         if count:
             yield rows[:count].astype(np.int64), found[:count].astype(np.int64)
 
@@ -161,8 +161,7 @@ def _scan(
     by_word: np.ndarray,
     columns: np.ndarray,
     starts: np.ndarray,
-    first_cut: int,
-    cut: int,
+    cuts: tuple[int, int, int],
     row: int,
     rows: np.ndarray,
     found: np.ndarray,
@@ -172,7 +171,7 @@ def _scan(
     first_words, width = by_word.shape
     near = np.empty(CHUNK + 1, np.int32)
     apart = np.empty(CHUNK, np.uint16)
-    limit = np.uint16(min(first_cut, 64 * first_words))
+    limit = np.uint16(min(cuts[0], 64 * first_words))
     while row < len(queries):
         if np.int64(written) + width > len(rows):
             break
@@ -184,11 +183,15 @@ def _scan(
                 place = np.uint64(near[at])
                 column = columns[np.uint64(begin) + place]
                 total = np.int64(apart[place])
-                for w in range(first_words, len(query)):
+                for w in range(first_words, HALF):
+                    total += np.int64(_ones(query[w] ^ column[w]))
+                if total > cuts[1]:
+                    continue
+                for w in range(HALF, WORDS):
                     total += np.int64(_ones(query[w] ^ column[w]))
                 rows[written] = row
                 found[written] = begin + near[at]
-                written += one if total <= cut else none
+                written += one if total <= cuts[2] else none
         row += 1
     return int(written), row
 

@@ -202,13 +202,14 @@ def _make_plan(
     )
     search = _Truth(members, options, scratch, spread, cells)
     # A few first: where nearly everything is a copy, not even a sample can be compared.
-    chooses = min(recalls.CHOICE_QUERIES, len(asked.node) // 2)
+    chooses = min(recalls.CHOICE_QUERIES, len(asked.node) // 2) if given is None else min(128, len(asked.node) // 2)
     choice = search.pairs(asked.part(0, min(128, chooses)))
     _refuse_dense(choice, min(128, chooses), members, options)
     choice = np.concatenate([choice, search.pairs(asked.part(min(128, chooses), chooses))])
     with_copies = len(np.unique(choice["query"][choice["similarity"] > np.float32(options.target)])) / max(1, chooses)
-    wanted = max(recalls.MEASURE_QUERIES, recalls.QUERIES_WITH_COPIES / max(with_copies, 1e-3) * 1.05)
-    measures = min(math.ceil(wanted), recalls.MOST_QUERIES, len(asked.node) - chooses)
+    # Cells that were chosen before are only measured again: that costs more than joining a few new images.
+    wanted = 0.0 if given is not None else recalls.QUERIES_WITH_COPIES / max(with_copies, 1e-3) * 1.05
+    measures = min(max(recalls.MEASURE_QUERIES, math.ceil(wanted)), recalls.MOST_QUERIES, len(asked.node) - chooses)
     measure = search.pairs(asked.part(chooses, chooses + measures))
     sample = draw(scratch, ids, every, MEETING, options.seed, f"{options.purpose} background").vectors(scratch)
     background = recalls.Background.of(cells, sample[: MEETING // 8], sample)
@@ -263,7 +264,7 @@ def _choose(
         result = recalls.measured(measure, found, options.target, queries[1])
         if result["low"] >= options.recall or not result["pairs"]:
             return chosen, attempt
-        aim = (1 + aim) / 2
+        aim = min((1 + aim) / 2, aim + 1.3 * (options.recall - result["low"]))
     return chosen, recalls.ATTEMPTS
 
 
@@ -304,11 +305,14 @@ def search_queries(scratch: Scratch, piece: int, shared: Any) -> np.ndarray:
     nodes, bits, stored, copies = (scratch.get(_rows(piece), k) for k in ("nodes", "sketches", "vectors", "copies"))
     own = np.where(sampled.piece == piece, sampled.row, -1)
     mine = sketch.sketches(asked)
-    cuts = [sketch.distance_at(options.threshold, w, recalls.TRUTH_DEVIATIONS) for w in (TRUTH_WORDS, sketch.WORDS)]
+    first, middle, whole = (
+        sketch.distance_at(options.threshold, w, recalls.TRUTH_DEVIATIONS)
+        for w in (TRUTH_WORDS, sketch.HALF, sketch.WORDS)
+    )
     starts = np.zeros(len(queries), np.int64)
     parts = [np.empty(0, recalls.SAMPLE_PAIR)]
     lefts, rights = [], []
-    for near, near_rows in sketch.scan(mine, np.asarray(bits), starts, TRUTH_WORDS, *cuts):
+    for near, near_rows in sketch.scan(mine, np.asarray(bits), starts, TRUTH_WORDS, (first, middle, whole)):
         times = copies[near_rows].astype(np.float32) - (own[near] == near_rows)
         others = np.flatnonzero(times > 0)
         keys = hash_keys(nodes[near_rows[others]].astype(np.uint64), 0, "recall pairs")
@@ -324,6 +328,7 @@ def search_queries(scratch: Scratch, piece: int, shared: Any) -> np.ndarray:
             pairs["similarity"], pairs["weight"] = values[true], weight[part][true]
             for word in range(sketch.LONGEST_FIRST):
                 pairs["first"][:, word] = sketch.distances(mine[one[true]], bits[other_row[true]], word + 1)
+            pairs["half"] = sketch.distances(mine[one[true]], bits[other_row[true]], sketch.HALF)
             pairs["distance"] = sketch.distances(mine[one[true]], bits[other_row[true]], sketch.WORDS)
             parts.append(pairs)
             lefts.append(one[true])
@@ -485,7 +490,7 @@ def join_cells(scratch: Scratch, name: str, task: CellTask, half: bool, options:
     verifying = _Verifying(reader, half, options.threshold, Reducer(options.max_edges))
     blocks = _bundle(reader, task, kinds) if task.stop is None else _slice(reader, task, kinds)
     for queries, tile, starts in blocks:
-        near = sketch.scan(queries.bits, tile.bits, starts, rule.first_words, rule.first_cut, rule.cut)
+        near = sketch.scan(queries.bits, tile.bits, starts, rule.first_words, rule.cuts)
         for rows, columns in near:
             verifying.add(queries, rows, tile, columns)
     verifying.flush()

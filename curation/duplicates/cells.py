@@ -35,8 +35,8 @@ class Rule:
     """One of EXPONENTS."""
     reach: float
     first_words: int
-    first_cut: int
-    cut: int
+    cuts: tuple[int, int, int]
+    """Greatest distances in the first words, in half of all and in all: `sketch.scan`."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Cells:
     def to_bytes(self) -> bytes:
         """For `from_bytes`: a numpy archive without pickles."""
         rule = self.rule
-        numbers = [] if rule is None else [rule.exponent, rule.reach, rule.first_words, rule.first_cut, rule.cut]
+        numbers = [] if rule is None else [rule.exponent, rule.reach, rule.first_words, *rule.cuts]
         file = io.BytesIO()
         np.savez(
             file,
@@ -132,7 +132,8 @@ class Cells:
     def from_bytes(cls, data: bytes) -> "Cells":
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             numbers = file["rule"].tolist()
-            rule = Rule(numbers[0], numbers[1], *(int(n) for n in numbers[2:])) if numbers else None
+            words, *cuts = (int(number) for number in numbers[2:]) if numbers else (0,)
+            rule = Rule(numbers[0], numbers[1], words, (cuts[0], cuts[1], cuts[2])) if numbers else None
             return cls(file["projection"], file["centroids"], file["sizes"], rule)
 
 

@@ -91,7 +91,7 @@ def _cells_report(
         "visits": round(plan.visits, 2),
         "share_compared": round(plan.share, 6),
         "sketch_words": rule.first_words,
-        "sketch_cuts": [rule.first_cut, rule.cut],
+        "sketch_cuts": list(rule.cuts),
         "recall": target["recall"],
         "recall_low": target["low"],
         "recall_high": target["high"],

@@ -28,8 +28,8 @@ RESAMPLES = 1000
 ATTEMPTS = 4
 NANOSECONDS = {2: 1.0, 3: 1.3, 4: 1.6}
 """Of a pair of sketches by the words that are compared first: measured, one core with AVX2."""
-NANOSECONDS_NEAR = 14.0
-NANOSECONDS_VERIFIED = 400.0
+NANOSECONDS_PASSED = np.array([5.0, 8.0, 400.0])
+"""Further ones of a pair that is near in its first words, in half of them, in all."""
 FIRST_WORDS = (2, 3, 4)
 LOSSES = (0.15, 0.3, 0.45, 0.6)
 """Shares of the permitted loss that the sketches may take."""
@@ -42,11 +42,12 @@ SAMPLE_PAIR = np.dtype(
         ("weight", "<f4"),
         ("gap", "<f4", (len(EXPONENTS),)),
         ("first", "<u2", (sketch.LONGEST_FIRST,)),
+        ("half", "<u2"),
         ("distance", "<u2"),
     ]
 )
 """A true pair: the query's node, the other's, how many pairs it stands for, the reach at which it is compared for each
-of EXPONENTS, and the distance of the sketches in 1, 2, … words and in all."""
+of EXPONENTS, and the distance of the sketches in 1, 2, … words, in half and in all of them."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,14 @@ class Recall:
 class Background:
     """A sample of vectors that meet in cells: what a rule costs.
 
-    scores: (q, c) float32 of some vectors. homes: (r,) int32 of others. first: (LONGEST_FIRST, q, r) uint16 and
+    scores: (q, c) float32 of some vectors. homes: (r,) int32 of others. first: (LONGEST_FIRST, q, r) uint16, half and
     distance: (q, r) uint16 of their sketches. shares: (c,) of all rows by home.
     """
 
     scores: np.ndarray
     homes: np.ndarray
     first: np.ndarray
+    half: np.ndarray
     distance: np.ndarray
     shares: np.ndarray
 
@@ -87,9 +89,11 @@ class Background:
             total += np.bitwise_count(one[:, None, word] ^ other[None, :, word])
             if word < sketch.LONGEST_FIRST:
                 first[word] = total
+            if word == sketch.HALF - 1:
+                half = total.copy()
         homes = cells.homes(homes_of)
         members = np.bincount(homes, minlength=len(cells)) + cells.sizes * len(homes)
-        return cls(scores, homes, first, total, members / members.sum())
+        return cls(scores, homes, first, half, total, members / members.sum())
 
     def visited(self, cells: Cells, exponent: float, reach: float) -> np.ndarray:
         """(q, c) bool: the cells that each vector is at home in or visits."""
@@ -123,25 +127,28 @@ def choose(pairs: np.ndarray, threshold: float, recall: float, cells: Cells, bac
     for exponent, words, part in itertools.product(range(len(EXPONENTS)), FIRST_WORDS, LOSSES):
         if len(above):
             loss = (1 - recall) * part
-            cut = _quantile(above["distance"], weight, 1 - 0.25 * loss)
-            first_cut = _quantile(above["first"][:, words - 1], weight, 1 - 0.75 * loss)
-            passing = (above["first"][:, words - 1] <= first_cut) & (above["distance"] <= cut)
+            cuts = (
+                _quantile(above["first"][:, words - 1], weight, 1 - 0.6 * loss),
+                _quantile(above["half"], weight, 1 - 0.3 * loss),
+                _quantile(above["distance"], weight, 1 - 0.1 * loss),
+            )
+            passing = _near(above, words, cuts)
             reach = _reach(above["gap"][:, exponent], weight, passing, recall)
         else:
-            cut, first_cut = sketch.distance_at(threshold, sketch.WORDS, 3), sketch.distance_at(threshold, words, 3)
+            first, half, whole = (sketch.distance_at(threshold, w, 3) for w in (words, sketch.HALF, sketch.WORDS))
+            cuts = (first, half, whole)
             reach = float(np.median(background.scores.max(axis=1)) / 8)
         if reach is None:
             continue
         mask = background.visited(cells, EXPONENTS[exponent], reach)
         share, meet = float((mask @ background.shares).mean()), mask[:, background.homes]
-        near = background.first[words - 1][meet] <= first_cut
-        verified = near & (background.distance[meet] <= cut)
-        count = max(1, len(near))
-        cost = (
-            NANOSECONDS[words] + NANOSECONDS_NEAR * near.sum() / count + NANOSECONDS_VERIFIED * verified.sum() / count
-        )
+        near = background.first[words - 1][meet] <= cuts[0]
+        nearer = near & (background.half[meet] <= cuts[1])
+        verified = nearer & (background.distance[meet] <= cuts[2])
+        passed = np.array([near.sum(), nearer.sum(), verified.sum()]) / max(1, len(near))
+        cost = NANOSECONDS[words] + float(passed @ NANOSECONDS_PASSED)
         if best is None or share * cost < best.share * best.nanoseconds:
-            best = Choice(Rule(EXPONENTS[exponent], reach, words, int(first_cut), int(cut)), share, float(cost))
+            best = Choice(Rule(EXPONENTS[exponent], reach, words, cuts), share, cost)
     return best
 
 
@@ -149,8 +156,13 @@ def nominated(pairs: np.ndarray, rule: Rule) -> np.ndarray:
     """(p,) bool: whether the join compares each pair and its sketches are near."""
     return np.asarray(
         (pairs["gap"][:, EXPONENTS.index(rule.exponent)] <= np.float32(rule.reach))
-        & (pairs["first"][:, rule.first_words - 1] <= rule.first_cut)
-        & (pairs["distance"] <= rule.cut)
+        & _near(pairs, rule.first_words, rule.cuts)
+    )
+
+
+def _near(pairs: np.ndarray, first_words: int, cuts: tuple[int, int, int]) -> np.ndarray:
+    return np.asarray(
+        (pairs["first"][:, first_words - 1] <= cuts[0]) & (pairs["half"] <= cuts[1]) & (pairs["distance"] <= cuts[2])
     )
 
 

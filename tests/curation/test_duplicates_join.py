@@ -82,7 +82,7 @@ def test_cells_that_visit_everything_find_everything(tmp_path: Path) -> None:
 
     scratch = Scratch(str(tmp_path / "s"))
 
-    cells = cell_join.train(20, 0, x).with_rule(Rule(0.0, 3.0, 2, 128, 1024))
+    cells = cell_join.train(20, 0, x).with_rule(Rule(0.0, 3.0, 2, (128, 512, 1024)))
     find_plan(members, IDS[: len(x)], options, scratch, serial, cells)
     forest = join_by_cells(members, cells, options, scratch, serial)
     assert forest.tobytes() == f.maximum_spanning_forest(oracle(x, 0.45)).tobytes()
@@ -228,7 +228,7 @@ def test_max_edges_keeps_the_best_of_each_image_and_cuts_big_groups(tmp_path: Pa
 def sample_pairs(gaps: list[float]) -> np.ndarray:
     pairs = np.zeros(len(gaps), recalls.SAMPLE_PAIR)
     pairs["query"] = np.arange(len(gaps))
-    pairs["similarity"], pairs["weight"], pairs["first"], pairs["distance"] = 0.7, 1, 40, 200
+    pairs["similarity"], pairs["weight"], pairs["first"], pairs["half"], pairs["distance"] = 0.7, 1, 40, 90, 200
     pairs["gap"] = np.array(gaps, np.float32)[:, None]
     return pairs
 
@@ -236,13 +236,14 @@ def sample_pairs(gaps: list[float]) -> np.ndarray:
 def test_measured_recall_is_the_share_of_true_pairs_nominated() -> None:
     pairs = sample_pairs([-1, -1, 0.01, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.4])
     pairs["query"] = [1, 1, 2, 3, 4, 5, 6, 7, 8, 9]
-    found = recalls.nominated(pairs, Rule(0.0, 0.06, 2, 40, 200))
+    found = recalls.nominated(pairs, Rule(0.0, 0.06, 2, (40, 90, 200)))
     assert found.sum() == 9
     got = recalls.measured(pairs, found, 0.6, 20)
     assert got["recall"] == 0.9 and got["pairs"] == 10 and got["low"] < 0.9 < got["high"] <= 1
     assert got["queries_with_pairs"] == 9
-    assert not recalls.nominated(pairs, Rule(0.0, 1.0, 2, 39, 200)).any()
-    assert not recalls.nominated(pairs, Rule(0.0, 1.0, 2, 40, 199)).any()
+    assert not recalls.nominated(pairs, Rule(0.0, 1.0, 2, (39, 90, 200))).any()
+    assert not recalls.nominated(pairs, Rule(0.0, 1.0, 2, (40, 90, 199))).any()
+    assert not recalls.nominated(pairs, Rule(0.0, 1.0, 2, (40, 89, 200))).any()
     low, high = recalls.wilson(0.99, 1000)
     assert (round(low, 4), round(high, 4)) == (0.9817, 0.9946)
 
@@ -281,7 +282,7 @@ def test_gap_is_the_reach_at_which_one_end_visits_the_home_of_the_other() -> Non
     gaps = cells.gaps(left, right)
     for k, exponent in enumerate(EXPONENTS):
         for reach in (0.02, 0.1, 0.3):
-            visiting = cells.with_rule(Rule(exponent, reach, 2, 128, 1024))
+            visiting = cells.with_rule(Rule(exponent, reach, 2, (128, 512, 1024)))
             goes = []
             for rows in (left, right):
                 homes, visitors, visited = visiting.visits(rows)
@@ -297,7 +298,7 @@ def test_gap_is_the_reach_at_which_one_end_visits_the_home_of_the_other() -> Non
 
 def test_assignment_of_a_vector_does_not_depend_on_its_company() -> None:
     x = planted(2500)
-    cells = cell_join.train(50, 0, x).with_rule(Rule(0.01, 0.1, 2, 128, 1024))
+    cells = cell_join.train(50, 0, x).with_rule(Rule(0.01, 0.1, 2, (128, 512, 1024)))
     order = np.random.default_rng(0).permutation(len(x))
     homes, rows, visited = cells.visits(x)
     again, other_rows, other_visited = cells.visits(x[order])
@@ -307,7 +308,7 @@ def test_assignment_of_a_vector_does_not_depend_on_its_company() -> None:
 
 
 def test_cells_come_back_from_bytes_as_they_were() -> None:
-    cells = cell_join.train(16, 0, planted(400)).with_rule(Rule(0.01, 0.25, 3, 77, 333))
+    cells = cell_join.train(16, 0, planted(400)).with_rule(Rule(0.01, 0.25, 3, (77, 160, 333)))
     again = Cells.from_bytes(cells.to_bytes())
     assert again.rule == cells.rule and again.to_bytes() == cells.to_bytes()
 

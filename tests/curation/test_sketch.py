@@ -48,11 +48,12 @@ def test_scan_finds_just_the_pairs_within_both_cuts(first_words: int, monkeypatc
     bits = sketch.sketches(x)
     queries, columns = bits[:300], bits[200:]
     starts = random.integers(-3, 1300, 300)
-    first_cut, cut = sketch.distance_at(0.6, first_words, 0.5), sketch.distance_at(0.6, 16, 0)
+    cuts = tuple(sketch.distance_at(0.6, w, deviations) for w, deviations in ((first_words, 0.5), (8, 0.2), (16, 0)))
     first = np.bitwise_count(queries[:, None, :first_words] ^ columns[None, :, :first_words]).sum(axis=2)
     whole = np.bitwise_count(queries[:, None] ^ columns[None]).sum(axis=2)
-    wanted = (first <= first_cut) & (whole <= cut) & (np.arange(1200)[None] >= starts[:, None])
-    found = list(sketch.scan(queries, columns, starts, first_words, first_cut, cut))
+    half = np.bitwise_count(queries[:, None, :8] ^ columns[None, :, :8]).sum(axis=2)
+    wanted = (first <= cuts[0]) & (half <= cuts[1]) & (whole <= cuts[2]) & (np.arange(1200)[None] >= starts[:, None])
+    found = list(sketch.scan(queries, columns, starts, first_words, cuts))
     rows, places = (np.concatenate(parts) for parts in zip(*found, strict=True))
     expected = np.nonzero(wanted)
     assert len(found) > 1 and len(rows) > 1000
