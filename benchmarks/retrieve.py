@@ -1,6 +1,6 @@
 """Measures retrieval by sample: CPU seconds, memory and recall@N of `curate retrieve` beside exact search and FAISS.
 
-    python -m benchmarks.retrieve --vectors 1000000 --seeds 10000 --out benchmarks/results/retrieve-1m.json
+    python -m benchmarks.retrieve --vectors 1000000 --seeds 10000 --out benchmarks/results/retrieve.json
 
 The pool is made in parts of Parquet (float16): topics whose sizes follow Zipf's law, isotropic noise around them. Half
 of the seeds are drawn as the pool is; the others lie at cosines uniform in .3-.8 of a pool vector, which leaves their
@@ -202,7 +202,7 @@ def main() -> None:
     parser.add_argument("--neighbours", type=int, default=4)
     parser.add_argument("--recall", type=float, default=0.99)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lists", type=int, nargs="*", default=[256, 1024])
+    parser.add_argument("--lists", type=int, nargs="*", default=[256, 1024], help="of FAISS; none: no rivals")
     parser.add_argument("--folder", help="where the made vectors lie or go; default: a temporary folder")
     parser.add_argument("--out", required=True)
     arguments = parser.parse_args()

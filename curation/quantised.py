@@ -26,9 +26,10 @@ QUERIES = 4
 """Queries scanned at a time; their sums and the codes stay in registers."""
 GROUP = 32
 """Pieces summed in one byte, which stops at 255. The bytes of the groups are then averaged."""
-HIGHEST = 15
+HIGHEST = 63
 TYPICAL = 7
-"""The largest entry of a table, and what the median piece's range becomes: sums of related vectors stay below 255."""
+"""The largest entry of a table, and what the median piece's range becomes: sums of related vectors stay below 255.
+Entries that reached only twice the typical range cut off the pieces that say most, and tripled what passed."""
 PIECE_DIMENSIONS = 2.5
 TRAINING_ROWS = 8192
 ITERATIONS = 8

@@ -121,8 +121,8 @@ def calibrate(
         plan = SearchPlan(cells, reach, codebook, 0.0, 0.0, 0.0, 1.0, 1.0)
         expected = plan._expected_best(tuning)
         missed = expected.max(axis=1, keepdims=True) - np.take_along_axis(expected, labels[nearest], axis=1)
-        # Two ways to lose a neighbour share what may be lost, and the noise of the sample has a part too.
-        allowed = (1 - recall) / 2.5
+        # Two ways to lose a neighbour have a quarter each of what may be lost, the noise of the sample the rest.
+        allowed = (1 - recall) / 4
         visit_margin = _upper(missed.ravel(), allowed)
         tables = codebook.tables(tuning)
         who = np.repeat(np.arange(len(tuning)), nearest.shape[1])
