@@ -29,7 +29,7 @@ GROUP = 32
 HIGHEST = 63
 TYPICAL = 7
 """The largest entry of a table, and what the median piece's range becomes: sums of related vectors stay below 255.
-Entries that reached only twice the typical range cut off the pieces that say most, and more than doubled what passed."""
+Entries that reached only twice the typical range cut off the pieces that say most: more than twice as much passed."""
 PIECE_DIMENSIONS = 2.5
 TRAINING_ROWS = 8192
 ITERATIONS = 8
