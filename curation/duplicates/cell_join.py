@@ -212,7 +212,8 @@ def _make_plan(
     measures = min(max(recalls.MEASURE_QUERIES, math.ceil(wanted)), recalls.MOST_QUERIES, len(asked.node) - chooses)
     measure = search.pairs(asked.part(chooses, chooses + measures))
     sample = draw(scratch, ids, every, MEETING, options.seed, f"{options.purpose} background").vectors(scratch)
-    background = recalls.Background.of(cells, sample[: MEETING // 8], sample)
+    few = len(sample) // 8
+    background = recalls.Background.of(cells, sample[:few], sample[few:])
     attempts = 1
     if given is None:
         chosen, attempts = _choose(choice, measure, (chooses, measures), cells, background, options)
