@@ -103,7 +103,7 @@ def targets(results: Results) -> str:
         more = tree["over_the_transcription"]["ours"]
         spread = tree["results"]["transcription"]["standard_deviation"] or 0.0
         add(
-            f"hierarchy ({tree['seeds_done']} seeds): effective concepts more than the transcription's",
+            f"hierarchy, {tree['seeds_done']} of {tree['arguments']['seeds']} seeds: effective concepts more than the transcription's",
             f"≥ -{spread:.1f} (its spread)",
             1.0,
             more["effective_concepts_more"] >= -spread,
@@ -122,7 +122,7 @@ def targets(results: Results) -> str:
     checks = (results.read("plan-calibration") or {}).get("checks", [])
     for row in (row for row in checks if "told" not in row["stage"]):
         add(
-            f"plan, {row['stage']} at 1 M: error of the prediction",
+            f"plan, {row['stage']} at {row['vectors'] / 1e6:.0f} M: error of the prediction",
             "within 30 %",
             1.0,
             row["within_30_percent"],
@@ -353,7 +353,7 @@ def plan_checks(results: Results) -> str:
         return ""
     rows = [
         (
-            row["stage"],
+            f"{row['stage']}, {row['vectors']:,}",
             number(row["predicted_cpu_seconds"]),
             number(row["measured_cpu_seconds"]),
             f"{row['error']:+.0%}",
@@ -362,7 +362,7 @@ def plan_checks(results: Results) -> str:
         )
         for row in document.get("checks", [])
     ]
-    heads = ("stage at 1,000,000", "predicted CPU s", "measured CPU s", "error", "within 30 %", "runs measured")
+    heads = ("stage, rows", "predicted CPU s", "measured CPU s", "error", "within 30 %", "runs measured")
     return table(heads, rows) + linked(["plan-calibration"]) if rows else ""
 
 
