@@ -103,7 +103,8 @@ def targets(results: Results) -> str:
         more = tree["over_the_transcription"]["ours"]
         spread = tree["results"]["transcription"]["standard_deviation"] or 0.0
         add(
-            f"hierarchy, {tree['seeds_done']} of {tree['arguments']['seeds']} seeds: effective concepts more than the transcription's",
+            f"hierarchy, {tree['seeds_done']} of {tree['arguments']['seeds']} seeds: effective concepts more than "
+            "the transcription's",
             f"≥ -{spread:.1f} (its spread)",
             1.0,
             more["effective_concepts_more"] >= -spread,
