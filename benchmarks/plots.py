@@ -168,7 +168,7 @@ def kmeans(results: Results, path: Path) -> str:
         for method in methods:
             mine = [row for row in every if (row["method"], row["topics"]) == (method, number)]
             x, y = ([row[key] for row in mine] for key in ("cpu_seconds", "objective"))
-            _points(axes, methods, method, x, y, method.replace("ours-half", "ours, half the iterations"))
+            _points(axes, methods, method, x, y, method.replace("ours-fewer", "ours, fewer iterations"))
         axes.set_title(f"{number:,} topics", fontsize=10)
         axes.set(xlabel="CPU seconds, one thread")
         axes.margins(0.15)

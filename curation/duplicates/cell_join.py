@@ -217,7 +217,10 @@ def _make_plan(
     attempts = 1
     if given is None:
         chosen, attempts = _choose(choice, measure, (chooses, measures), cells, background, options)
-        if chosen is None or chosen.share * chosen.nanoseconds > members.dimension * PRODUCT_NANOSECONDS / 2:
+        # The exact join compares equal vectors as well, this one does not.
+        different = sum(len(scratch.get(_rows(number), "nodes")) for number in every) / members.rows
+        exact = members.dimension * PRODUCT_NANOSECONDS / 2
+        if chosen is None or chosen.share * chosen.nanoseconds * different**2 > exact:
             return {"numbers": np.empty(0)}
         cells = cells.with_rule(chosen.rule)
     rule = cells.rule
@@ -256,21 +259,25 @@ def _choose(
 ) -> tuple[recalls.Choice | None, int]:
     """The cheapest rule whose measured recall reaches what is asked with the lower end of its interval."""
     aim = options.recall + recalls.margin(choice, options.target, options.recall, cells, background, queries)
-    chosen = None
+    chosen = recalls.choose(choice, options.target, aim, cells, background)
     for attempt in range(1, recalls.ATTEMPTS + 1):
-        chosen = recalls.choose(choice, options.target, aim, cells, background)
         if chosen is None:
             return None, attempt
-        found = recalls.nominated(measure, chosen.rule)
-        result = recalls.measured(measure, found, options.target, queries[1])
-        if result["low"] >= options.recall or not result["pairs"]:
+        result = recalls.measured(measure, recalls.nominated(measure, chosen.rule), options.target, queries[1])
+        if result["low"] >= options.recall or result["recall"] == 1.0 or attempt == recalls.ATTEMPTS:
             return chosen, attempt
-        aim = min((1 + aim) / 2, aim + 1.3 * (options.recall - result["low"]))
+        if attempt < recalls.LEARNING_ATTEMPTS:
+            aim = min((1 + aim) / 2, aim + 1.3 * (options.recall - result["low"]))
+            chosen = recalls.choose(choice, options.target, aim, cells, background)
+        else:
+            # The sample has no more to teach: few copies, or all of them found.
+            chosen = recalls.widened(chosen, cells, background)
     return chosen, recalls.ATTEMPTS
 
 
 def _refuse_dense(pairs: np.ndarray, queries: int, members: Members, options: JoinOptions) -> None:
-    per_image = float(pairs["weight"].sum()) / max(1, queries)
+    # Equal vectors are one node and cost nothing: their sketches do not differ at all.
+    per_image = float(pairs["weight"][pairs["distance"] > 0].sum()) / max(1, queries)
     if per_image > COPIES_PER_IMAGE and per_image > members.rows / 100:
         raise UserError(
             f"an image has {per_image:,.0f} others above cosine {options.threshold} on average, of {members.rows:,}: "
@@ -583,7 +590,7 @@ def _slice(scratch: Reader, task: CellTask, kinds: tuple[bool, ...]) -> Iterator
 
 
 def _resident_starts(place: np.ndarray, old: int) -> np.ndarray:
-    return np.maximum(place + 1, old)
+    return np.asarray(np.maximum(place + 1, old))
 
 
 def _visitor_starts(place: np.ndarray, old_visitors: int, old: int) -> np.ndarray:

@@ -323,6 +323,14 @@ def test_equal_vectors_take_part_once_and_stay_together(tmp_path: Path) -> None:
     assert again.forest.tobytes() == result.forest.tobytes(), "wherever the equal ones lie"
 
 
+def test_all_equal_vectors_are_one_component_without_comparing_them_all(tmp_path: Path) -> None:
+    x = np.repeat(planted(200, 64)[:1], 12_000, axis=0)
+    options = JoinOptions(0.6, exact_multiply_adds=0)
+    result = self_join(members_of(tmp_path / "e", x), IDS[:12_000], options, Scratch(str(tmp_path / "s")))
+    assert result.report["method"] == "cells"
+    assert (result.forest["low"] == 0).all() and len(result.forest) == 11_999
+
+
 def test_vectors_that_are_nearly_all_alike_stop_the_join_with_a_sentence(tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     x = unit(np.ones((1, 64)) / 8 + 0.02 * random.standard_normal((9000, 64))).astype(np.float16)
