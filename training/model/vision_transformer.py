@@ -1,16 +1,23 @@
 """The Vision Transformer of DINOv2 (Oquab et al. 2023; registers: Darcet et al. 2023), in plain torch.
 
 Parameter names are those of Meta's dinov2 release, so that its state dictionaries load as they are. Knows
-nothing of training: sharding, masks' sampling, drop path schedules and compile come from outside.
+nothing of training: sharding, the choice of masks and of what stochastic depth drops, and compile come from outside.
 """
 
-import math
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from training.model.packing import Attend, Kept, Layout, add_branch, attend_per_length
+
+if TYPE_CHECKING:  # annotations alone need it: a machine with nothing but torch runs the model
+    from jaxtyping import Bool, Float
 
 
 @dataclass(frozen=True)
@@ -29,7 +36,10 @@ class VisionTransformerConfig:
     registers: int = 0
     layer_scale: float | None = 1e-5
     """Initial value; None: no LayerScale."""
-    interpolate_antialias: bool = True
+    position_interpolation: Literal["timm", "hf", "dinov2"] = "timm"
+    """How positions reach other sizes. timm, and Hugging Face's models with registers: bicubic, antialiased; hf: not
+    antialiased; dinov2: not antialiased, and the scale computed from a side longer by `position_offset` patches."""
+    position_offset: float = 0.1
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -86,55 +96,75 @@ class VisionTransformer(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(b, 3, h, w) -> (b, d)."""
+    def use_attention(self, attend: Attend) -> None:
+        """Compute attention with `attend` in all blocks, in place of `attend_per_length`."""
+        for block in self.blocks:
+            block.attn.attend = attend
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        """The class tokens."""
         return self.tokens(images).class_token
 
-    def tokens(self, images: Tensor, masks: Tensor | None = None) -> Tokens:
-        """images: (b, 3, h, w), sides multiples of the patch. masks: (b, n) bool, patches shown as the mask token."""
+    def tokens(self, images: Float[Tensor, "b c h w"], masks: Bool[Tensor, "b n"] | None = None) -> Tokens:
+        """All tokens. Sides are multiples of the patch; masks: patches shown as the mask token."""
+        return self.packed([images], masks)[0]
+
+    def packed(
+        self,
+        crops: Sequence[Float[Tensor, "_ c _ _"]],
+        masks: Bool[Tensor, "b n"] | None = None,
+        kept: Sequence[tuple[Kept, Kept]] | None = None,
+    ) -> list[Tokens]:
+        """Sets of crops of one size each, all in one pass; `masks` belong to the first set.
+
+        kept: for every block the sequences that its attention and its feed-forward compute; None: all.
+        """
+        sets = [self.embed(images, masks if i == 0 else None) for i, images in enumerate(crops)]
+        layout = Layout(tuple(len(x) for x in sets), tuple(x.shape[1] for x in sets))
+        x = torch.cat([x.flatten(0, 1) for x in sets]) if len(sets) > 1 else sets[0].flatten(0, 1)
+        for i, block in enumerate(self.blocks):
+            x = block(x, layout, *(kept[i] if kept is not None else ()))
+        first = 1 + self.config.registers
+        return [Tokens(y[:, 0], y[:, 1:first], y[:, first:]) for y in layout.unpack(self.norm(x))]
+
+    def embed(self, images: Float[Tensor, "b c h w"], masks: Bool[Tensor, "b n"] | None) -> Float[Tensor, "b length d"]:
+        """Patches, masked where told, with positions; the class token and the registers before them."""
         height, width = images.shape[-2] // self.config.patch_size, images.shape[-1] // self.config.patch_size
         x = self.patch_embed(images)
         if masks is not None:
             x = torch.where(masks.unsqueeze(-1), self.mask_token.to(x.dtype).unsqueeze(0), x)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.positions(height, width)
-        count = 0
         if self.register_tokens is not None:
-            count = self.register_tokens.shape[1]
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
-        for block in self.blocks:
-            x = block(x)
-        x = self.norm(x)
-        return Tokens(x[:, 0], x[:, 1 : 1 + count], x[:, 1 + count :])
+        return x
 
-    def positions(self, height: int, width: int) -> Tensor:
-        """(1, 1 + height * width, d): bicubic from the grid that was trained, the class token's as it is."""
+    def positions(self, height: int, width: int) -> Float[Tensor, "1 _ d"]:
+        """Bicubic from the grid that was trained; the class token's as it is."""
         if height == width == self.grid:
             return self.pos_embed
         patches = self.pos_embed[:, 1:].float().reshape(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)
-        resized = F.interpolate(
-            patches,
-            size=(height, width),
-            mode="bicubic",
-            antialias=self.config.interpolate_antialias,
-            align_corners=False,
-        )
+        target: dict[str, Any] = {"size": (height, width)}
+        if self.config.position_interpolation == "dinov2" and self.config.position_offset:
+            target = {"scale_factor": tuple((n + self.config.position_offset) / self.grid for n in (height, width))}
+        antialias = self.config.position_interpolation == "timm"
+        resized = F.interpolate(patches, **target, mode="bicubic", antialias=antialias, align_corners=False)
         resized = resized.permute(0, 2, 3, 1).reshape(1, height * width, -1).to(self.pos_embed.dtype)
         return torch.cat([self.pos_embed[:, :1], resized], dim=1)
 
 
 class PatchEmbedding(nn.Module):
-    """(b, 3, h, w) -> (b, n, d)."""
+    """A linear map of every patch."""
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.channels, config.width, config.patch_size, config.patch_size)
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each scaled per channel."""
+    """Pre-norm attention and feed-forward, each scaled per channel, on packed sequences."""
 
     def __init__(self, config: VisionTransformerConfig) -> None:
         super().__init__()
@@ -146,25 +176,30 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config.width, hidden) if config.feed_forward == "swiglu" else Mlp(config.width, hidden)
         self.ls2 = layer_scale(config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+    def forward(
+        self,
+        x: Float[Tensor, "tokens d"],
+        layout: Layout,
+        kept_attention: Kept | None = None,
+        kept_feed_forward: Kept | None = None,
+    ) -> Float[Tensor, "tokens d"]:
+        x = add_branch(x, lambda y, part: self.ls1(self.attn(self.norm1(y), part)), layout, kept_attention)
+        return add_branch(x, lambda y, _: self.ls2(self.mlp(self.norm2(y))), layout, kept_feed_forward)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens."""
+    """Multi-head self-attention of every sequence."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.attend: Attend = attend_per_length
 
-    def forward(self, x: Tensor) -> Tensor:
-        batch, count, width = x.shape
-        q, k, v = self.qkv(x).reshape(batch, count, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(width // self.heads))
-        return self.proj(mixed.transpose(1, 2).reshape(batch, count, width))
+    def forward(self, x: Float[Tensor, "tokens d"], layout: Layout) -> Float[Tensor, "tokens d"]:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        return self.proj(self.attend(qkv, layout).flatten(1))
 
 
 class Mlp(nn.Module):
