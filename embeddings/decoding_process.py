@@ -21,7 +21,7 @@ import numpy as np
 
 from embeddings.decoding import DecodeError, DecodeLimits, decode
 
-_REQUEST = struct.Struct("<Q")
+_REQUEST = struct.Struct("<QI")  # bytes of the image; the side that decoding may shrink to, 0: none
 _ANSWER = struct.Struct("<BII")  # 0: pixels of (h, w); 1: a refusal, (bytes of its text, 0)
 _PIPE_BYTES = 1 << 20
 PROGRAM = "from embeddings.decoding_process import serve; serve()"
@@ -68,11 +68,11 @@ class Child:
             _widen(end)
             os.set_blocking(end, False)
 
-    def decode(self, data: bytes) -> np.ndarray:
+    def decode(self, data: bytes, shrink_to: int | None = None) -> np.ndarray:
         """Pixels, (h, w, 3) uint8. Raises DecodeError, or ChildDiedError."""
         deadline = time.monotonic() + self.limits.wall_s
         try:
-            self._send(_REQUEST.pack(len(data)), deadline)
+            self._send(_REQUEST.pack(len(data), shrink_to or 0), deadline)
             self._send(data, deadline)
         except BrokenPipeError:
             raise self._death() from None
@@ -135,10 +135,11 @@ def serve() -> None:
     with os.fdopen(requests, "rb", buffering=0) as source, os.fdopen(answers, "wb", buffering=0) as sink:
         try:
             while (head := _exactly(source, _REQUEST.size)) is not None:
-                data = _exactly(source, _REQUEST.unpack(head)[0])
+                size, shrink_to = _REQUEST.unpack(head)
+                data = _exactly(source, size)
                 if data is None:
                     return
-                for piece in _answer(data, limits):
+                for piece in _answer(data, limits, shrink_to or None):
                     view = memoryview(piece).cast("B")
                     while view:
                         view = view[sink.write(view) :]
@@ -146,12 +147,12 @@ def serve() -> None:
             return
 
 
-def _answer(data: bytes, limits: DecodeLimits) -> tuple[Any, ...]:
+def _answer(data: bytes, limits: DecodeLimits, shrink_to: int | None) -> tuple[Any, ...]:
     used = resource.getrusage(resource.RUSAGE_SELF)
     bound = math.ceil(used.ru_utime + used.ru_stime) + limits.cpu_s
     resource.setrlimit(resource.RLIMIT_CPU, (bound, resource.RLIM_INFINITY))
     try:
-        pixels = decode(data, limits)
+        pixels = decode(data, limits, shrink_to)
     except DecodeError as error:
         text = f"{error.reason}\n{error.detail}".encode()
         return (_ANSWER.pack(1, len(text), 0), text)

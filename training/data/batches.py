@@ -5,14 +5,26 @@ it, in `accumulate` micro-batches; groups of `group_size` samples never straddle
 (seed, sample number) alone.
 """
 
+import itertools
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, get_worker_info
 
 from curation.errors import UserError
 from training.data.config import DataConfig
+from training.data.index import Index, open_index
+from training.data.masking import group_masks
+from training.data.reading import check_locations
+from training.data.samples import SampleMaker, stack
+from training.data.sampling import Order, order_of
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,10 +55,31 @@ def micro_batch_size(global_batch: int, world_size: int, accumulate: int, group_
     size = global_batch // (world_size * accumulate)
     if size % group_size:
         raise UserError(
-            f"a micro-batch of {size} ({global_batch} over {world_size} processes x {accumulate} micro-batches) is not a "
-            f"multiple of group_size {group_size}; choose another batch, group_size or number of processes"
+            f"a micro-batch of {size} ({global_batch} over {world_size} processes x {accumulate} micro-batches) is "
+            f"not a multiple of group_size {group_size}; choose another batch, group_size or number of processes"
         )
     return size
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of the stream a process makes."""
+
+    global_batch: int
+    group_size: int
+    rank: int = 0
+    world_size: int = 1
+    accumulate: int = 1
+
+    @property
+    def size(self) -> int:
+        return micro_batch_size(self.global_batch, self.world_size, self.accumulate, self.group_size)
+
+    def numbers(self, micro_batch: int) -> range:
+        """Sample numbers of this process's micro-batch, counted from its first of step 0."""
+        step, part = divmod(micro_batch, self.accumulate)
+        first = step * self.global_batch + (self.rank * self.accumulate + part) * self.size
+        return range(first, first + self.size)
 
 
 def batches(
@@ -62,5 +95,131 @@ def batches(
     accumulate: int = 1,
     device: Any = "cpu",
 ) -> Iterator[Batch]:
-    """Endless: step after step from `first_step`, `accumulate` micro-batches each. Tensors on `device`."""
-    raise NotImplementedError
+    """Endless: step after step from `first_step`, `accumulate` micro-batches each. Tensors on `device`.
+
+    Raises UserError, before the first batch, for a source without images, with images that are not where it says, or
+    with fewer than a batch.
+    """
+    share = Share(global_batch, group_size, rank, world_size, accumulate)
+    _ = share.size
+    for name in ("global_size", "local_size"):
+        if getattr(config, name) % patch_size:
+            raise UserError(f"data.{name}: {getattr(config, name)} is not a multiple of the patch size {patch_size}")
+    index = open_index(config.source, config.index_folder)
+    if len(index) < global_batch:
+        raise UserError(
+            f"{config.source}: {len(index):,} images, fewer than one global batch of {global_batch:,}; "
+            "choose a smaller batch or more images"
+        )
+    check_locations(index)
+    maker = MicroBatches(config, index, order_of(config, index, seed), share, seed, patch_size)
+    return _stream(maker, config, first_step * accumulate, torch.device(device))
+
+
+class MicroBatches(torch.utils.data.Dataset[Any]):
+    """Micro-batch by its number, as uint8 arrays; made whole by one worker."""
+
+    def __init__(
+        self, config: DataConfig, index: Index, order: Order, share: Share, seed: int, patch_size: int
+    ) -> None:
+        self._config, self._index, self._order, self._share, self._seed = config, index, order, share, seed
+        self._grid = config.global_size // patch_size
+        self._maker: SampleMaker | None = None
+
+    def __getitem__(self, micro_batch: int) -> dict[str, Any]:
+        if self._maker is None:  # here and not before: threads and files do not survive a fork
+            self._maker = SampleMaker(self._config, self._index, self._order, self._seed)
+        worker = get_worker_info()
+        following = self._share.numbers(micro_batch + (worker.num_workers if worker else 1))
+        numbers = self._share.numbers(micro_batch)
+        try:
+            made = stack(self._maker.make(numbers, following))
+        except UserError as error:  # the loader would wrap it in a traceback
+            return {"error": error}
+        found = {name: value if name == "broken" else torch.from_numpy(value) for name, value in made.items()}
+        return {**found, "masks": torch.from_numpy(self._masks(numbers))}
+
+    def close(self) -> None:
+        """End the maker of this process."""
+        if self._maker is not None:
+            self._maker.close()
+            self._maker = None
+
+    def _masks(self, numbers: range) -> np.ndarray:
+        size = self._share.group_size
+        config = self._config
+        groups = [
+            group_masks(self._seed, number // size, size, self._grid, config.mask_probability, config.mask_ratio)
+            for number in numbers[::size]
+        ]
+        return np.concatenate(groups, axis=1).reshape(2 * len(numbers), -1)
+
+
+def _stream(maker: MicroBatches, config: DataConfig, first: int, device: torch.device) -> Iterator[Batch]:
+    scale = torch.tensor(config.std, device=device).mul(255).reciprocal().view(1, 3, 1, 1)
+    shift = torch.tensor(config.mean, device=device).div(torch.tensor(config.std, device=device)).view(1, 3, 1, 1)
+
+    def normalised(crops: Tensor) -> Tensor:
+        return crops.to(device, non_blocking=True).float().mul_(scale).sub_(shift)
+
+    for made in _raw(maker, config, first, device):
+        if "error" in made:
+            raise made["error"]
+        for image_id, reason in made["broken"]:
+            log.info("image %d of %s is skipped: %s", image_id, config.source, reason)
+        yield Batch(
+            normalised(made["large"]),
+            normalised(made["small"]),
+            made["masks"].to(device, non_blocking=True),
+            made["image_ids"],
+            made["sample_numbers"],
+            len(made["broken"]),
+        )
+
+
+def _raw(maker: MicroBatches, config: DataConfig, first: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    if not config.workers:
+        try:
+            for micro_batch in itertools.count(first):
+                with _OneThread():
+                    made = maker[micro_batch]
+                yield made
+        finally:
+            maker.close()
+        return
+    loader = DataLoader(
+        maker,
+        batch_size=None,
+        sampler=_From(first),
+        num_workers=config.workers,
+        prefetch_factor=config.prefetch,
+        worker_init_fn=_start_worker,
+        pin_memory=device.type == "cuda",
+    )
+    yield from loader
+
+
+class _From(torch.utils.data.Sampler[int]):
+    def __init__(self, first: int) -> None:
+        self._first = first
+
+    def __iter__(self) -> Iterator[int]:
+        return itertools.count(self._first)
+
+
+class _OneThread:
+    """torch's threads cost more than they bring on images of this size, and the training wants them back."""
+
+    def __enter__(self) -> None:
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        torch.set_num_threads(self._before)
+
+
+def _start_worker(_: int) -> None:
+    import cv2
+
+    cv2.setNumThreads(1)
+    torch.set_num_threads(1)

@@ -14,8 +14,8 @@ class DataConfig(BaseModel, extra="forbid"):
     )
     sampling: Literal["weight", "uniform", "seed_set", "cluster"] = Field(
         "weight",
-        description="how often an image is drawn: as the manifest's `weight` says, each once per epoch, the seed sets in "
-        "equal shares (or `shares`), or the clusters equally",
+        description="how often an image is drawn: as the manifest's `weight` says, each once per epoch, the seed sets "
+        "in equal shares (or `shares`), or the clusters equally",
     )
     shares: dict[str, float] = Field(
         {},
@@ -29,8 +29,8 @@ class DataConfig(BaseModel, extra="forbid"):
     local_scale: tuple[float, float] = Field((0.05, 0.32), description="share of the image's area a local crop covers")
     blur: tuple[float, float, float] = Field(
         (0.0, 0.9, 0.5),
-        description="probability of a Gaussian blur of global crop 1, global crop 2, the local crops; the released models "
-        "saw these (the public code inverts what it says: 1, .1, .5)",
+        description="probability of a Gaussian blur of global crop 1, global crop 2, the local crops; the released "
+        "models saw these (the public code inverts what it says: 1, .1, .5)",
     )
     mask_probability: float = Field(0.5, ge=0, le=1, description="share of a group's global crops that are masked")
     mask_ratio: tuple[float, float] = Field(

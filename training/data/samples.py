@@ -1,0 +1,111 @@
+"""The crops of one sample of the stream, from its number: row, bytes, pixels, crops; broken images replaced.
+
+Everything is keyed by (seed, sample number), so a sample is the same whoever makes it, and whenever.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from curation.errors import UserError
+from curation.order import generator, hash_keys
+from embeddings.decoding import DecodeError, Decoder
+from training.data import augmentation
+from training.data.config import DataConfig
+from training.data.index import Index
+from training.data.reading import Reader
+from training.data.sampling import Order
+
+REPLACEMENTS = 16
+"""After so many broken images in the place of one sample, it is the source that is broken."""
+DECODED_AHEAD = 3
+"""Images: pixels of a large one are hundreds of megabytes."""
+
+
+@dataclass
+class Sample:
+    """large: (2, 3, H, H), small: (local_crops, 3, h, h) uint8. broken: (image_id, reason) of what was skipped."""
+
+    number: int
+    image_id: int
+    large: np.ndarray
+    small: np.ndarray
+    broken: list[tuple[int, str]] = field(default_factory=list)
+
+
+class SampleMaker:
+    """Makes samples in the process that calls it: threads read, a child process decodes, this thread augments."""
+
+    def __init__(self, config: DataConfig, index: Index, order: Order, seed: int) -> None:
+        self._config, self._index, self._order, self._seed = config, index, order, seed
+        self._shrink_to = augmentation.least_side(config)
+        self._reader = Reader(index, config.reads_in_flight)
+        self._decoder = Decoder()
+        self._decoding = ThreadPoolExecutor(1, thread_name_prefix="image-decode")
+        self._reads: dict[int, tuple[int, Future[bytes]]] = {}
+
+    @property
+    def requests(self) -> int:
+        """Reads so far."""
+        return self._reader.requests
+
+    def ahead(self, numbers: Sequence[int]) -> None:
+        """Start the reads of samples that will be asked for."""
+        fresh = [number for number in numbers if number not in self._reads]
+        if fresh:
+            rows = self._order.rows(np.array(fresh, np.int64)).tolist()
+            self._reads |= dict(zip(fresh, zip(rows, self._reader.submit(rows), strict=True), strict=True))
+
+    def make(self, numbers: Sequence[int], ahead: Sequence[int] = ()) -> list[Sample]:
+        """The samples of those numbers. ahead: numbers that will be asked for next. Raises UserError."""
+        self.ahead(numbers)
+        self.ahead(ahead)
+        waiting: deque[Future[tuple[int, np.ndarray, list[tuple[int, str]]]]] = deque()
+        left = deque(numbers)
+        made = []
+        for number in numbers:
+            while left and len(waiting) < DECODED_AHEAD:
+                waiting.append(self._decoding.submit(self._pixels, left.popleft()))
+            image_id, pixels, broken = waiting.popleft().result()
+            large, small = augmentation.augment(pixels, self._config, generator(self._seed, f"augment:{number}"))
+            made.append(Sample(number, image_id, large, small, broken))
+        return made
+
+    def close(self) -> None:
+        """End threads and child."""
+        self._reader.close()
+        self._decoding.shutdown(wait=True, cancel_futures=True)
+        self._decoder.close()
+
+    def _pixels(self, number: int) -> tuple[int, np.ndarray, list[tuple[int, str]]]:
+        row, read = self._reads.pop(number)
+        broken: list[tuple[int, str]] = []
+        for attempt in range(REPLACEMENTS + 1):
+            image_id = int(self._index.rows[row]["image_id"])
+            try:
+                return image_id, self._decoder.decode(read.result(), self._shrink_to), broken
+            except (OSError, DecodeError) as error:
+                broken.append((image_id, error.reason if isinstance(error, DecodeError) else f"unreadable: {error}"))
+            draw = hash_keys(np.array([number], np.uint64), self._seed, f"replacement:{attempt}") >> np.uint64(24)
+            row = int(self._order.rows(draw.astype(np.int64))[0])
+            (read,) = self._reader.submit([row])
+        raise UserError(
+            f"{self._config.source}: {len(broken)} images one after the other cannot be used, the last one "
+            f"{broken[-1][0]} ({broken[-1][1]}); look whether its files are still there and whole",
+            exit_code=1,
+        )
+
+
+def stack(samples: Sequence[Sample]) -> dict[str, Any]:
+    """Crop-major arrays of some samples."""
+    return {
+        "large": np.stack([sample.large for sample in samples], axis=1).reshape(-1, *samples[0].large.shape[1:]),
+        "small": np.stack([sample.small for sample in samples], axis=1).reshape(-1, *samples[0].small.shape[1:]),
+        "image_ids": np.array([sample.image_id for sample in samples], np.int64),
+        "sample_numbers": np.array([sample.number for sample in samples], np.int64),
+        "broken": [entry for sample in samples for entry in sample.broken],
+    }
