@@ -31,7 +31,7 @@ def folder(path: Path, count: int, family: int = 0, first: int = 0) -> Path:
     return path
 
 
-def pool_with_copies(path: Path, originals: int = 24) -> Path:
+def pool_with_copies(path: Path, originals: int = 16) -> Path:
     """Originals of two families, each fourth also as an exact copy, as a smaller one and recompressed."""
     path.mkdir(parents=True, exist_ok=True)
     for number in range(originals):
@@ -44,8 +44,11 @@ def pool_with_copies(path: Path, originals: int = 24) -> Path:
     return path
 
 
-def write_config(root: Path, run: Path) -> Path:
-    """A whole small run over imported folders: pool with copies, two seed sets, one evaluation set with leaks."""
+def write_config(root: Path, run: Path, model: str = "mobilenet_v2", workers: int = 2, detectors: bool = True) -> Path:
+    """A whole small run over imported folders: pool with copies, two seed sets, one evaluation set with leaks.
+
+    model: the semantic one. detectors: of faces and of NSFW, a tenth of a second per image.
+    """
     if not (root / "pool").exists():
         pool_with_copies(root / "pool")
         folder(root / "seeds-even", 6, family=0, first=500)
@@ -63,12 +66,13 @@ sources:
   - {{as: "seed:even", folder: {root}/seeds-even}}
   - {{as: "seed:odd", folder: {root}/seeds-odd}}
   - {{as: "reference:evaluation", folder: {root}/evaluation}}
-filter: {{copy_model: sscd_distilled}}
+filter: {{copy_model: sscd_distilled, faces: {str(detectors).lower()}, nsfw: {str(detectors).lower()}}}
 dedup: {{threshold: 0.8, against_threshold: 0.85}}
-embed: {{models: [mobilenet_v2]}}
+embed: {{models: [{model}]}}
 cluster: {{levels: [6, 2]}}
 retrieve: {{mode: sample, neighbours: 3}}
 balance: {{target: 12}}
+resources: {{workers: {workers}}}
 """
     )
     return path
