@@ -47,7 +47,7 @@ def dino_loss(
 def ibot_loss(
     logits: Float[Tensor, "patches prototypes"],
     targets: Float[Tensor, "patches prototypes"],
-    weights: Float[Tensor, patches],
+    weights: Float[Tensor, "patches"],
     crops: int,
     temperature: float,
 ) -> Float[Tensor, ""]:
@@ -73,7 +73,7 @@ def koleo_loss(class_tokens: Float[Tensor, "b2 d"], group_size: int) -> Float[Te
     return -(to_nearest.square().sum(-1) + NEAR**2).log().mean((1, 2)).sum() / 2
 
 
-def chosen_patches(masks: Tensor) -> tuple[Int[Tensor, patches], Float[Tensor, patches]]:
-    """Rows of the chosen patches among all patches of all crops, and their weights. masks: (2 b, n) bool, on the CPU."""
+def chosen_patches(masks: Tensor) -> tuple[Int[Tensor, "patches"], Float[Tensor, "patches"]]:
+    """Rows of the chosen patches among those of all crops, and their weights. masks: (2 b, n) bool, on the CPU."""
     weights = 1 / masks.sum(1, keepdim=True).clamp(min=1)
     return masks.flatten().nonzero().flatten(), weights.expand_as(masks)[masks]

@@ -88,7 +88,7 @@ class Network(nn.Module):
     def forward(
         self,
         crops: Sequence[Float[Tensor, "_ c _ _"]],
-        patches: Int[Tensor, patches],
+        patches: Int[Tensor, "patches"],
         masks: Bool[Tensor, "b n"] | None = None,
         kept: Sequence[tuple[Kept, Kept]] | None = None,
     ) -> Outputs:

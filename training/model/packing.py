@@ -39,7 +39,7 @@ class Layout(NamedTuple):
 class Kept(NamedTuple):
     """The sequences that one residual branch computes in one step; the others pass by it (stochastic depth)."""
 
-    rows: Int[Tensor, kept]
+    rows: Int[Tensor, "kept"]
     """Their tokens' rows in the packed matrix."""
     layout: Layout
     """Of those rows alone."""
