@@ -180,6 +180,17 @@ def test_child_gives_the_same_pixels_and_the_same_refusals(decoder: Decoder) -> 
     assert caught.value.reason == "not_an_image"
 
 
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(decoder: Decoder) -> None:
+    large = scene(size=(1200, 900))
+    whole, half = decode(encoded(large)), decode(encoded(large), shrink_to=450)
+    assert half.shape == (450, 600, 3)
+    averaged = np.asarray(Image.fromarray(whole).resize((600, 450), Image.Resampling.BOX), np.float64)
+    assert np.abs(half - averaged).mean() < 1.5
+    np.testing.assert_array_equal(decoder.decode(encoded(large), 450), half)
+    for data in (encoded(large, "PNG"), encoded(PICTURE)):  # no JPEG, and one that is small already
+        np.testing.assert_array_equal(decoder.decode(data, 450), decode(data))
+
+
 def test_killed_child_is_replaced_and_the_image_decoded(decoder: Decoder) -> None:
     decoder.decode(encoded(PICTURE))
     os.kill(decoder._child._process.pid, signal.SIGKILL)
@@ -190,7 +201,7 @@ def test_crash_and_hang_are_refusals_of_one_image(monkeypatch: pytest.MonkeyPatc
     codec = (
         "import os, time, embeddings.decoding_process as p\n"
         "real = p.decode\n"
-        "def decode(data, limits):\n"
+        "def decode(data, limits, shrink_to):\n"
         "    if data == b'crash': os.abort()\n"
         "    if data == b'sleep': time.sleep(60)\n"
         "    while data == b'spin': pass\n"

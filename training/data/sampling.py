@@ -20,7 +20,7 @@ from curation.errors import UserError
 from curation.order import hash_keys
 from training.data.config import DataConfig
 from training.data.index import Index, part_tables
-from training.data.permutation import Permutation
+from training.data.permutation import Permutation, permute_each
 
 WEIGHTS_PER_BLOCK = 1024
 ROUND_OF_UNEQUAL_SHARES = 1 << 20
@@ -109,13 +109,11 @@ class GroupOrder:
         groups = np.searchsorted(self._ends, places, side="right")
         quota = self._quotas[groups]
         visits = (draws // length) * quota + places - (self._ends[groups] - quota)
-        starts = self._members.starts
-        found = np.empty(len(draws), np.int64)
-        for position, (group, visit) in enumerate(zip(groups.tolist(), visits.tolist(), strict=True)):
-            size = int(starts[group + 1] - starts[group])
-            inside = Permutation(size, self._seed, f"group {group} epoch {visit // size}")(np.array([visit % size]))
-            found[position] = self._members.rows[int(starts[group]) + int(inside[0])]
-        return found
+        starts = self._members.starts[groups]
+        sizes = self._members.starts[groups + 1] - starts
+        tweaks = groups.astype(np.uint64) << np.uint64(32) ^ (visits // sizes).astype(np.uint64)
+        inside = permute_each(visits % sizes, sizes, tweaks, self._seed, "members")
+        return np.asarray(self._members.rows[starts + inside], np.int64)
 
 
 def quotas(shares: np.ndarray) -> np.ndarray:
