@@ -9,12 +9,15 @@ import pytest
 from typer.testing import CliRunner
 
 from cli.main import app
+from pipelines.stages import embed
 from tests.embeddings.pictures import encoded, scene
+from tests.pipelines.image_runs import pass_in_this_process
 
 runner = CliRunner()
 
 
-def test_folder_of_tables_becomes_a_folder_of_vectors(tmp_path: Path, ray_session: None) -> None:
+def test_folder_of_tables_becomes_a_folder_of_vectors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "image_pass", pass_in_this_process)
     files = []
     for k in range(3):
         path = tmp_path / f"{k}.jpg"

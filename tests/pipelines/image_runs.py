@@ -13,7 +13,8 @@ from PIL import Image
 
 from curation.schemas import IMAGES, image_id
 from pipelines.context import Context
-from pipelines.run_directory import Generation, RunDirectory, Source
+from pipelines.image_pass import pack, unpack
+from pipelines.run_directory import Generation, PartRecord, RunDirectory, Source
 
 
 def picture(seed: int, width: int = 96, height: int = 80, format: str = "PNG", **options: Any) -> bytes:
@@ -99,7 +100,7 @@ def shard(images: Sequence[bytes | None]) -> tuple[bytes, Mapping[int, int]]:
 
 def pass_in_this_process(
     context: Context,
-    generation: Generation,
+    generation: Generation | Sequence[Generation],
     tasks: Sequence[tuple[str, Any]],
     *,
     decode: Any,
@@ -108,8 +109,13 @@ def pass_in_this_process(
     shared: Any,
     **_: Any,
 ) -> None:
-    """What `image_pass` promises, one part after the other and without Ray."""
+    """What `image_pass` promises, one part after the other and without Ray; arrays are packed as on their way there."""
+    several = [generation] if isinstance(generation, Generation) else list(generation)
     maker = model(**model_arguments)
     for name, task in tasks:
-        record = generation.writer.find(name)
-        generation.parts.append(record or maker(name, decode(task, shared)))
+        found = [one.writer.find(name) for one in several]
+        if None in found:
+            made = maker(*unpack(pack(name, decode(task, shared))))
+            found = [made] if isinstance(made, PartRecord) else list(made)
+        for one, record in zip(several, found, strict=True):
+            one.parts.append(record)

@@ -20,6 +20,7 @@ from pipelines.run_directory import RunDirectory
 from pipelines.stages import embed
 from pipelines.stages.embed import EmbedConfig, Part, PartEmbedder, Reading, prepare_part
 from tests.embeddings.pictures import encoded, scene
+from tests.pipelines.image_runs import pass_in_this_process
 
 MODEL = "sscd_distilled"
 SOURCES = ("pool:web", "seed:birds", "reference:test")
@@ -163,11 +164,7 @@ def test_new_generations_are_embedded_alone_and_other_settings_refused(
 
     def local_pass(context: Context, generations: Any, tasks: Any, **arguments: Any) -> None:
         passes.append([name for name, _ in tasks])
-        actor = arguments["model"](**arguments["model_arguments"])
-        for name, task in tasks:
-            records = actor(name, arguments["decode"](task, arguments["shared"]))
-            for generation, record in zip(generations, records, strict=True):
-                generation.parts.append(record)
+        pass_in_this_process(context, generations, tasks, **arguments)
 
     monkeypatch.setattr(embed, "image_pass", local_pass)
     context = filtered(tmp_path)
@@ -185,7 +182,8 @@ def test_new_generations_are_embedded_alone_and_other_settings_refused(
         embed.execute(context, EmbedConfig(models=[MODEL], max_pixels=5000))
 
 
-def test_folder_of_tables_is_embedded_into_a_folder(tmp_path: Path, ray_session: None) -> None:
+def test_folder_of_tables_is_embedded_into_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embed, "image_pass", pass_in_this_process)
     rows = [{k: row[k] for k in ("image_id", "shard", "offset", "length")} for row in images_of(tmp_path, 0, 6)]
     schema = pa.schema([IMAGES.field(name) for name in ("image_id", "shard", "offset", "length")])
     pq.write_table(pa.Table.from_pylist(rows, schema=schema), tmp_path / "mine.parquet")

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pytest
 
 from curation.errors import UserError
+from pipelines import image_pass as passes
 from pipelines.context import Context
 from pipelines.events import Events
 from pipelines.image_pass import actors, image_pass, pack, unpack
@@ -63,6 +64,12 @@ def opened(
     generation = context.begin_rows(stage, 1, {}, inputs=[])
     assert generation is not None
     return context, generation
+
+
+@pytest.fixture
+def one_actor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every actor is a process to start: two seconds."""
+    monkeypatch.setattr(passes, "actors", lambda *_: 1)
 
 
 def run(folder: Path, shared: Mapping[str, Any] | None = None, **arguments: Any) -> Generation:
@@ -122,7 +129,9 @@ def test_parts_are_made_once_and_listed_in_task_order(tmp_path: Path, ray_sessio
     assert done == [2, 3, 4]
 
 
-def test_deaths_of_a_decoder_and_of_an_actor_leave_the_same_bytes(tmp_path: Path, ray_session: None) -> None:
+def test_deaths_of_a_decoder_and_of_an_actor_leave_the_same_bytes(
+    tmp_path: Path, ray_session: None, one_actor: None
+) -> None:
     flags = [str(tmp_path / "decoder-died"), str(tmp_path / "actor-died")]
     got = run(tmp_path / "a", {"die_once": flags[0]}, die_once=flags[1])
     assert all(os.path.exists(flag) for flag in flags)
@@ -132,7 +141,7 @@ def test_deaths_of_a_decoder_and_of_an_actor_leave_the_same_bytes(tmp_path: Path
     assert got.parts == expected.parts
 
 
-def test_a_user_error_of_a_worker_arrives_as_its_sentence(tmp_path: Path, ray_session: None) -> None:
+def test_a_user_error_of_a_worker_arrives_as_its_sentence(tmp_path: Path, ray_session: None, one_actor: None) -> None:
     with pytest.raises(UserError, match=r"^the shard is gone; download it again$") as caught:
         run(tmp_path / "a", {"refuse": 3})
     assert caught.value.exit_code == 1

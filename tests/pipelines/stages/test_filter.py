@@ -136,13 +136,14 @@ def test_a_copy_of_an_image_that_earlier_generations_kept_goes(tmp_path: Path) -
 def test_hash_copies_go_and_interrupted_or_in_many_buckets_the_bytes_are_equal(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hashes, "LEAST_IMAGES", hashes.COMPONENTS)
     originals = [picture(n, 64, 64) for n in range(hashes.LEAST_IMAGES)]
     smaller = [
         encoded(Image.open(io.BytesIO(data)).resize((80, 80), Image.Resampling.BICUBIC), "PNG")
         for data in originals[:12]
     ]
     root = tmp_path / "whole"
-    bring(root, "pool:web", [*originals, *smaller], rows_per_part=40)
+    bring(root, "pool:web", [*originals, *smaller], rows_per_part=20)
     run_filter(root, pca_hash_distance=6)
     drops = {image: of for image, (_, error, of) in decisions(root).items() if error == "duplicate_pca_hash"}
     table = pq.read_table(sorted((root / "score/gen-0000").glob("*.parquet")))
