@@ -7,6 +7,7 @@ it, in `accumulate` micro-batches; groups of `group_size` samples never straddle
 
 import itertools
 import logging
+import multiprocessing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from training.data.index import Index, open_index
 from training.data.masking import group_masks
 from training.data.reading import check_locations
 from training.data.samples import SampleMaker, stack
-from training.data.sampling import Order, order_of
+from training.data.sampling import order_of
 
 log = logging.getLogger(__name__)
 
@@ -112,23 +113,23 @@ def batches(
             "choose a smaller batch or more images"
         )
     check_locations(index)
-    maker = MicroBatches(config, index, order_of(config, index, seed), share, seed, patch_size)
+    order_of(config, index, seed)  # what it needs of the source is looked for, and written beside the index, here
+    maker = MicroBatches(config, index, share, seed, patch_size)
     return _stream(maker, config, first_step * accumulate, torch.device(device))
 
 
 class MicroBatches(torch.utils.data.Dataset[Any]):
     """Micro-batch by its number, as uint8 arrays; made whole by one worker."""
 
-    def __init__(
-        self, config: DataConfig, index: Index, order: Order, share: Share, seed: int, patch_size: int
-    ) -> None:
-        self._config, self._index, self._order, self._share, self._seed = config, index, order, share, seed
+    def __init__(self, config: DataConfig, index: Index, share: Share, seed: int, patch_size: int) -> None:
+        self._config, self._index, self._share, self._seed = config, index, share, seed
         self._grid = config.global_size // patch_size
         self._maker: SampleMaker | None = None
 
     def __getitem__(self, micro_batch: int) -> dict[str, Any]:
-        if self._maker is None:  # here and not before: threads and files do not survive a fork
-            self._maker = SampleMaker(self._config, self._index, self._order, self._seed)
+        if self._maker is None:  # in the worker: threads, files and mapped weights do not travel
+            order = order_of(self._config, self._index, self._seed)
+            self._maker = SampleMaker(self._config, self._index, order, self._seed)
         worker = get_worker_info()
         following = self._share.numbers(micro_batch + (worker.num_workers if worker else 1))
         numbers = self._share.numbers(micro_batch)
@@ -187,6 +188,9 @@ def _raw(maker: MicroBatches, config: DataConfig, first: int, device: torch.devi
         finally:
             maker.close()
         return
+    # A fork of the training's process would inherit the locks of its threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["training.data.batches"])
     loader = DataLoader(
         maker,
         batch_size=None,
@@ -195,6 +199,7 @@ def _raw(maker: MicroBatches, config: DataConfig, first: int, device: torch.devi
         prefetch_factor=config.prefetch,
         worker_init_fn=_start_worker,
         pin_memory=device.type == "cuda",
+        multiprocessing_context=context,
     )
     yield from loader
 
