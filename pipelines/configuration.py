@@ -107,6 +107,12 @@ def load(path: str) -> RunConfig:
     """Read and check a run's YAML. Raises UserError that names the key and the line."""
     if not storage.exists(path):
         raise UserError(f"{path}: no such configuration; `curate init` writes a commented one")
+    document, text = read_mapping(path)
+    return check(RunConfig, document | {name: {} for name in _empty_blocks(text)}, path, lines_of(text))
+
+
+def read_mapping(path: str) -> tuple[dict[str, Any], str]:
+    """A YAML file that holds a mapping of blocks, and its text. Raises UserError that names the line."""
     try:
         text = storage.read_bytes(path).decode()
     except (OSError, UnicodeDecodeError) as error:
@@ -120,7 +126,7 @@ def load(path: str) -> RunConfig:
         raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: a configuration is a mapping of blocks; `curate init` writes an example")
-    return check(RunConfig, document | {name: {} for name in _empty_blocks(text)}, path, _lines(text))
+    return document, text
 
 
 def _empty_blocks(text: str) -> list[str]:
@@ -194,7 +200,8 @@ def _model_in(kind: Any) -> type[BaseModel] | None:
     return next((found for a in typing.get_args(kind) if (found := _model_in(a)) is not None), None)
 
 
-def _lines(text: str) -> dict[tuple[Any, ...], int]:
+def lines_of(text: str) -> dict[tuple[Any, ...], int]:
+    """The line of every key, by its path."""
     found: dict[tuple[Any, ...], int] = {}
 
     def walk(node: yaml.Node | None, path: tuple[Any, ...]) -> None:

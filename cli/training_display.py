@@ -1,0 +1,74 @@
+"""A training's live line on a terminal; piped, a line per tenth of a stage."""
+
+import os
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from cli.terminal import console
+
+
+class TrainingDisplay:
+    """Listens to the events of `training.loop`."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self.live = console.is_terminal and not quiet and os.environ.get("TERM") != "dumb"
+        self.progress: Progress | None = None
+        self.task: TaskID | None = None
+        self.steps, self.said = 1, 0
+
+    def __enter__(self) -> "TrainingDisplay":
+        if self.live:
+            self.progress = Progress(
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=console,
+            )
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        if self.quiet:
+            return
+        if event["event"] == "stage":
+            self.steps, self.said = event["steps"], 10 * event["first"] // event["steps"]
+            if self.progress is not None:
+                self.task = self.progress.add_task(
+                    event["stage"], total=event["steps"], completed=event["first"], note=""
+                )
+            else:
+                goes_on = f"goes on after step {event['first']}" if event["first"] else "starts"
+                console.print(
+                    f"{event['stage']}: {goes_on}, {event['steps']} steps, processes: {event['processes']}",
+                    soft_wrap=True,
+                )
+        elif event["event"] == "figures":
+            note = describe(event)
+            if self.progress is not None and self.task is not None:
+                self.progress.update(self.task, completed=event["step"], note=note)
+            elif 10 * event["step"] // self.steps > self.said:
+                self.said = 10 * event["step"] // self.steps
+                console.print(f"{event['stage']}: step {event['step']} of {self.steps}, {note}", soft_wrap=True)
+
+
+def describe(event: dict[str, Any]) -> str:
+    """The figures a person watches."""
+    losses = [f"{name} {event[name]:.3f}" for name in sorted(event) if name.split("/")[-1] == "loss"]
+    parts = [*losses, *(f"{name} {value:.1%}" for name, value in event.items() if "accuracy" in name)]
+    if "images_per_s" in event:
+        parts += [f"{event['images_per_s']:.1f} images/s", f"{event['step_s'] * 1000:.0f} ms/step"]
+        parts.append(f"data wait {event['data_wait_s'] * 1000:.0f} ms")
+        parts.append(f"{event['memory_bytes'] / 2**30:.1f} GiB")
+    if "mfu" in event:
+        parts.append(f"MFU {event['mfu']:.0%}")
+    if event.get("replaced"):
+        parts.append(f"{event['replaced']:.1f} broken images replaced per step")
+    return ", ".join(parts)

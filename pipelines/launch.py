@@ -1,0 +1,89 @@
+"""A training on the workers of a Ray cluster: Ray Train starts the processes, `training.loop` does the rest.
+
+Checkpoints and logs go to the training's `output`, which has to lie where every machine sees it.
+"""
+
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from curation.errors import UserError
+from pipelines import cluster
+from training.config import TrainConfig
+from training.loop import Result
+
+RESULT = ".result.json"
+
+
+def train(
+    config: TrainConfig, processes: int, address: str | None, listener: Callable[[dict[str, Any]], None] | None = None
+) -> Result:
+    """Run it to its end on `processes` workers, one GPU each where the cluster has GPUs. Raises UserError."""
+    cluster.start(address, processes if address is None else None)
+    try:
+        from ray.train import RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+    except ImportError as error:
+        raise UserError("--launcher ray: Ray Train is not installed; pip install 'lvd-curate[train]'") from error
+    on_gpu = cluster.gpus() >= processes
+    output = Path(config.output).absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    (output / RESULT).unlink(missing_ok=True)
+    document = config.model_dump(mode="json") | {"output": str(output)}
+    if listener is not None:
+        listener({"event": "stage", "stage": "ray", "first": 0, "steps": config.steps, "processes": processes})
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=document,
+        scaling_config=ScalingConfig(num_workers=processes, use_gpu=on_gpu),
+        run_config=RunConfig(name=output.name, storage_path=str(output / "ray")),
+    )
+    try:
+        trainer.fit()
+    except Exception as error:
+        if not (output / RESULT).exists():
+            reason = str(error).strip().splitlines()[-1][:300]
+            raise UserError(f"the training on Ray ended: {reason}; logs are in {output}", exit_code=1) from error
+    found = json.loads((output / RESULT).read_text())
+    if "error" in found:
+        raise UserError(found["error"], exit_code=found["exit_code"])
+    return Result(**found)
+
+
+def work(document: dict[str, Any]) -> None:
+    """In every worker: Ray Train has joined the processes already."""
+    from training.collectives import rank
+    from training.loop import train as run
+
+    config = TrainConfig.model_validate(document)
+    try:
+        found: dict[str, Any] = vars(run(config))
+    except UserError as error:
+        found = {"error": str(error), "exit_code": error.exit_code}
+    if rank() == 0:
+        (Path(config.output) / RESULT).write_text(json.dumps(found))
+
+
+def submit(config: TrainConfig, command: str, processes: int, address: str) -> str:
+    """Send the training to a cluster as a job that starts it there; the job's name. Raises UserError."""
+    from ray.job_submission import JobSubmissionClient
+
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "train.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+        try:
+            client = JobSubmissionClient(address)
+            return str(
+                client.submit_job(
+                    entrypoint=f"curate {command} --config train.yaml --launcher ray --processes {processes} "
+                    "--ray-address auto",
+                    runtime_env={"working_dir": folder},
+                )
+            )
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"--ray-address {address}: the job could not be submitted ({str(error).splitlines()[0]})", exit_code=1
+            ) from error
