@@ -67,7 +67,7 @@ class BackboneEncoder:
     def _tokens(self, batch: np.ndarray) -> Any:
         was_training = self.backbone.training
         self.backbone.eval()
-        images = torch.from_numpy(batch).to(self.device).permute(0, 3, 1, 2).float() * self._scale - self._shift
+        images = torch.tensor(batch, device=self.device).permute(0, 3, 1, 2).float() * self._scale - self._shift
         with torch.inference_mode():
             tokens = self.backbone.tokens(images)
         self.backbone.train(was_training)

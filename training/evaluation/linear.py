@@ -39,7 +39,7 @@ def train_heads(
     *,
     seed: int,
     rates: tuple[float, ...] = RATES,
-    steps: int = STEPS,
+    steps: int,
     batch: int = BATCH,
     device: str = "cpu",
 ) -> Heads:

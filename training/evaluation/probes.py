@@ -90,7 +90,7 @@ class LogisticProbe:
     def run(self, features: Features) -> dict[str, Any]:
         train, test, held, device = features.train, features.test, features.held_out, features.task.device
         x, y, classes = _normalised(train.values), train.labels, len(train.classes)
-        strength = logistic.choose(x[~held], y[~held], x[held], y[held], classes, device=device)
+        strength = logistic.choose(x[~held], y[~held], x[held], y[held], classes, logistic.STRENGTHS, device=device)
         model = logistic.fit(x, y, classes, strength, device=device)
         right = int((model.predict(_normalised(test.values)) == test.labels).sum())
         return {"accuracy": intervals.share(right, len(test)), "strength": strength}
@@ -109,7 +109,7 @@ class LinearProbe:
             train, test = (
                 extract(encoder, images, workers=task.workers, embed=encoder.linear_input) for images in features.sets
             )
-        classes, options = len(train.classes), {"seed": task.seed, "device": task.device}
+        classes, options = len(train.classes), {"seed": task.seed, "device": task.device, "steps": linear.STEPS}
         tried = linear.train_heads(train.values[~held], train.labels[~held], classes, **options)  # type: ignore[arg-type]
         right = (tried.predict(train.values[held]) == train.labels[held]).sum(1)
         rate = linear.RATES[int(right.argmax())]
