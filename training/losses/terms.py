@@ -14,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-NEAR = 1e-4
+NEAR = 1e-6
 """KoLeo's epsilon: below this distance two samples do not push each other any harder."""
 
 
