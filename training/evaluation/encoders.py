@@ -38,6 +38,7 @@ class BackboneEncoder:
         backbone: Any,
         *,
         size: int | None = None,
+        resize: int | None = None,
         mean: Sequence[float] = (0.485, 0.456, 0.406),
         std: Sequence[float] = (0.229, 0.224, 0.225),
         device: Any = "cpu",
@@ -47,7 +48,7 @@ class BackboneEncoder:
         self.size = size or backbone.config.image_size
         self.patch_size: int = backbone.config.patch_size
         self.dimension: int = backbone.config.width
-        self.prepare = Preparation("crop", self.size, resize=self.size * 8 // 7)
+        self.prepare = Preparation("crop", self.size, resize=resize or self.size * 8 // 7)
         self._scale = torch.tensor(std, device=self.device).mul(255).reciprocal().view(1, 3, 1, 1)
         self._shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)], device=self.device).view(1, 3, 1, 1)
 
