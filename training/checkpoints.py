@@ -201,14 +201,19 @@ def gathered_weights(learner: Learner) -> dict[str, dict[str, Tensor]]:
     files: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, STUDENT: {}, HEADS: {}}
     for side, network in (("average", learner.average), ("student", learner.student)):
         for name, value in network.state_dict().items():
-            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            complete = whole(value)
             if rank() == 0:
                 backbone = name.startswith("backbone.")
                 file = HEADS if not backbone else WEIGHTS if side == "average" else STUDENT
                 files[file][name.removeprefix("backbone.") if backbone else f"{side}.{name}"] = (
-                    whole.detach().cpu().clone()
+                    complete.detach().cpu().clone()
                 )
     return files
+
+
+def whole(value: Tensor) -> Tensor:
+    """A sharded tensor in full; every process must call it."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def write_weights(folder: Path, files: dict[str, dict[str, Tensor]], config: TrainConfig, name: str) -> None:

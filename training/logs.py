@@ -73,6 +73,10 @@ class Log:
         self._window, self._began = [], now
         self.write(line)
 
+    def leave_out(self, seconds: float) -> None:
+        """Time that is no step's, an evaluation's say."""
+        self._began += seconds
+
     def write(self, line: dict[str, Any]) -> None:
         """A line of its own, k-NN accuracy say. With a `step`."""
         if self.listener is not None:

@@ -16,16 +16,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor
 
 from curation.errors import UserError
 from training import parallel
 from training.assembly import assemble
-from training.checkpoints import Checkpoints, newest_weights
+from training.checkpoints import Checkpoints, newest_weights, whole
 from training.collectives import rank, world_size
 from training.config import TrainConfig, stages
 from training.flops import peak_flops, training_of_image
 from training.logs import Listener, Log
+from training.model import VisionTransformer
 from training.schedules import values_at
 from training.step import Models, mean_over_processes, train_step
 
@@ -130,6 +132,7 @@ class Stage:
         first = checkpoints.resume(models)
         if first < config.steps:
             self.log = Log(self.folder, self.name, config.logging, first, self.listener)
+            self._keep_configuration()
             self._say({"event": "stage", "first": first, "steps": config.steps, "processes": world_size()})
         self.latest: dict[str, float] = {}
         self.flops = self._flops()
@@ -155,6 +158,12 @@ class Stage:
             if stopped:
                 checkpoints.save(models, step)
             checkpoints.wait()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"step {step + 1}: the GPU's memory is full; raise `accumulate`, lower batch_size, or set "
+                "parallel.activation_checkpointing: true",
+                exit_code=1,
+            ) from error
         finally:
             close = getattr(stream, "close", None)
             if close is not None:
@@ -229,10 +238,34 @@ class Stage:
         return training_of_image(self.config) * self.config.batch_size / (peak * world_size()) if peak else 0.0
 
     def _evaluate(self, models: Models, step: int) -> None:
-        """k-NN of every average, where it is due."""
+        """k-NN of every average, where it is due: process 0 does it, with weights gathered from all."""
         knn = self.config.knn
         if knn is None or (step % knn.every and step != self.config.steps):
             return
+        from training.evaluation import BackboneEncoder, knn_accuracy
+
+        began, data = time.perf_counter(), self.config.data
+        for learner in models.learners:
+            named = {name: whole(value) for name, value in learner.average.backbone.state_dict().items()}
+            if rank() != 0:
+                continue
+            backbone = VisionTransformer(learner.average.backbone.config)
+            backbone.load_state_dict(named)
+            encoder = BackboneEncoder(
+                backbone.to(self.device), size=data.global_size, mean=data.mean, std=data.std, device=self.device
+            )
+            found = knn_accuracy(encoder, knn.train, knn.test, knn.neighbours, device=str(self.device))
+            prefix = "" if len(models.learners) == 1 else f"{learner.name}/"
+            line = {f"{prefix}knn_accuracy": found["value"], f"{prefix}knn_low": found["low"]}
+            self.log.write({"stage": self.name, "step": step, **line, f"{prefix}knn_high": found["high"]})
+        dist.barrier()
+        self.log.leave_out(time.perf_counter() - began)
+
+    def _keep_configuration(self) -> None:
+        """What this stage was told, in full, beside its log."""
+        if rank() == 0:
+            text = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
+            (self.folder / "config.yaml").write_text(text, encoding="utf-8")
 
     def _say(self, event: dict[str, Any]) -> None:
         if self.listener is not None:

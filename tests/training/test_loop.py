@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from curation.errors import UserError
 from tests.training.tiny import (
@@ -25,7 +26,9 @@ from tests.training.tiny import (
 from training import parallel
 from training.assembly import assemble
 from training.checkpoints import Checkpoints
+from training.evaluation import BackboneEncoder, knn_accuracy
 from training.loop import train
+from training.model import VisionTransformer
 from training.schedules import values_at
 from training.step import local, train_step
 
@@ -233,3 +236,26 @@ def test_an_interrupted_write_is_not_taken_for_a_checkpoint(tmp_path: Path) -> N
 def test_a_source_that_hangs_is_left_alone_by_a_finished_training(whole: Path) -> None:
     result = train(tiny(whole), source=hanging_at(0))
     assert result.step == 8 and not result.stopped
+
+
+def test_knn_is_measured_on_the_way(tmp_path: Path) -> None:
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label, colour in (("dark", 40), ("light", 200)):
+            (tmp_path / split / label).mkdir(parents=True)
+            for number in range(4):
+                pixels = (colour + random.integers(-30, 30, (20, 20, 3))).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / split / label / f"{number}.png")
+    knn = {"train": str(tmp_path / "train"), "test": str(tmp_path / "test"), "every": 2, "neighbours": 3}
+    result = run_here(tmp_path / "out", steps=3, knn=knn)
+    lines = [json.loads(text) for text in (tmp_path / "out/pretrain/log.jsonl").read_text().splitlines()]
+    found = {line["step"]: line["knn_accuracy"] for line in lines if "knn_accuracy" in line}
+    assert list(found) == [2, 3] and (tmp_path / "out/pretrain/config.yaml").exists()
+    weights = load_file(Path(result.models[0]) / "model.safetensors")
+    backbone = VisionTransformer(tiny().model.backbone())
+    backbone.load_state_dict(weights)
+    again = knn_accuracy(BackboneEncoder(backbone, size=16), knn["train"], knn["test"], 3)
+    assert again["value"] == found[3]
