@@ -25,12 +25,12 @@ machine.one_thread()
 import numpy as np
 
 from benchmarks import data, truth
-from curation import products, sketch, vectors
+from curation import products, vectors
 from curation.duplicates.cells import Cells
 from curation.duplicates.components import components, sweep
 from curation.duplicates.join import self_join
 from curation.duplicates.members import Members, bundled, max_piece_rows, whole_set
-from curation.duplicates.recall import EXPONENTS
+from curation.duplicates.recall import SAMPLE_PAIR, described, nominated
 from curation.duplicates.scratch import Scratch
 from curation.duplicates.tasks import JoinOptions, serial
 
@@ -129,14 +129,12 @@ def oracle(made: data.Data, threshold: float, cells: Cells | None, labels: np.nd
     for partition, _, block in known.blocks():
         inside = (rows >= partition.first_row) & (rows < partition.first_row + partition.rows)
         held[inside] = block[rows[inside] - partition.first_row]
-    rule, bits = cells.rule, sketch.sketches(held)
-    gaps = np.concatenate(
-        [cells.gaps(held[left[k : k + BLOCK]], held[right[k : k + BLOCK]]) for k in range(0, len(left), BLOCK)]
-    )
-    found = gaps[:, EXPONENTS.index(rule.exponent)] <= np.float32(rule.reach)
-    for words, cut in zip((rule.first_words, sketch.HALF, sketch.WORDS), rule.cuts, strict=True):
-        found &= sketch.distances(bits[left], bits[right], words) <= cut
-    found |= (held[left] == held[right]).all(axis=1)
+    pairs = np.zeros(len(left), SAMPLE_PAIR)
+    for k in range(0, len(left), BLOCK):
+        pairs[k : k + BLOCK] = described(
+            pairs[k : k + BLOCK], held[left[k : k + BLOCK]], held[right[k : k + BLOCK]], cells
+        )
+    found = nominated(pairs, cells.rule) | (held[left] == held[right]).all(axis=1)
     return document | {"recall": truth.recall(sample, found)}
 
 

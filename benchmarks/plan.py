@@ -115,8 +115,8 @@ def join(kind: str, made: data.Data) -> dict[str, Any]:
 def scans(cells: Cells, stored: np.ndarray) -> dict[str, float]:
     """CPU seconds of the scans of all cells, split into what pairs cost and what a visit costs, by least squares."""
     assert cells.rule is not None
-    rule, bits = cells.rule, sketch.sketches(stored)
-    homes, visiting, visited = cells.visits(stored)
+    rule = cells.rule
+    homes, visiting, visited, bits = cells.assign(stored)
     by_home, by_visit = np.argsort(homes, kind="stable"), np.argsort(visited, kind="stable")
     home_starts = np.searchsorted(homes[by_home], np.arange(len(cells) + 1))
     visit_starts = np.searchsorted(visited[by_visit], np.arange(len(cells) + 1))
@@ -128,7 +128,7 @@ def scans(cells: Cells, stored: np.ndarray) -> dict[str, float]:
             continue
         begin = time.process_time()
         for queries, starts in ((tile, np.arange(1, len(tile) + 1)), (coming, np.zeros(len(coming), np.int64))):
-            for _ in sketch.scan(queries, tile, starts, rule.first_words, rule.cuts):
+            for _ in sketch.scan(queries, tile, starts, rule.first_words, (rule.cuts[0], *2 * rule.cuts[1:])):
                 pass
         spent = time.process_time() - begin
         rows.append((len(tile) * (len(tile) / 2 + len(coming)), len(tile) + len(coming), spent))

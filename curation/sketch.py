@@ -15,6 +15,7 @@ import numpy as np
 from numba.core import types
 from numba.extending import intrinsic
 
+from curation import halves
 from curation.order import hash_keys
 
 WORDS = 16
@@ -43,7 +44,7 @@ def sketches(vectors: np.ndarray, words: int = WORDS) -> np.ndarray:
         last = min(words, first + width // 64)
         step = 1 << 14
         for begin in range(0, count, step):
-            block = np.ascontiguousarray(vectors[begin : begin + step], dtype=np.float32)
+            block = halves.widen(vectors[begin : begin + step])
             _rotated_signs(block, signs, width, result[begin : begin + step, first:last])
     return result
 
@@ -68,10 +69,10 @@ def scan(
     first_words: int,
     cuts: tuple[int, int, int],
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs (i, j >= starts[i]) whose sketches are near in the first words, in the first half, and as a whole.
+    """Pairs (i, j >= starts[i]) whose sketches are near in the first words, in HALF, and as a whole.
 
-    queries: (a, WORDS) uint64. columns: (b, WORDS) uint64. starts: (a,) int64. first_words: 1 to LONGEST_FIRST. cuts:
-    the greatest distance in `first_words`, HALF and all words. Yields (m,) int64 rows and columns, row-major.
+    queries: (a, w) uint64, w >= HALF. columns: (b, w) uint64. starts: (a,) int64. first_words: 1 to LONGEST_FIRST.
+    cuts: the greatest distance in `first_words`, HALF and all words. Yields (m,) int64 rows and columns, row-major.
     """
     by_word = np.ascontiguousarray(columns[:, :first_words].T)
     room = max(PAIRS_HELD, 2 * len(columns))
@@ -187,7 +188,7 @@ def _scan(
                     total += np.int64(_ones(query[w] ^ column[w]))
                 if total > cuts[1]:
                     continue
-                for w in range(HALF, WORDS):
+                for w in range(HALF, columns.shape[1]):
                     total += np.int64(_ones(query[w] ^ column[w]))
                 rows[written] = row
                 found[written] = begin + near[at]

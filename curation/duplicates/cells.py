@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import numba
 import numpy as np
 
+from curation import halves, products, sketch
 from curation.nearest import one_thread
 from curation.search import require_faiss
 
@@ -21,6 +22,11 @@ TRAINING_PER_CELL = 48
 TRAINING_ROUNDS = 4
 COMPONENTS = 128
 """Principal components that cells are formed in."""
+COMPONENT_ROWS = 8192
+"""Sampled vectors that the components are found in."""
+SKETCH_WORDS = 8
+LEFT_OUT = (0, 16, 64)
+"""Leading components that sketches may not see, an eighth of all at most: one of these is chosen on a sample."""
 BLOCK_ROWS = 1024
 BLOCK_SCORES = 1 << 24
 EXPONENTS = (0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04)
@@ -35,8 +41,10 @@ class Rule:
     """One of EXPONENTS."""
     reach: float
     first_words: int
-    cuts: tuple[int, int, int]
-    """Greatest distances in the first words, in half of all and in all: `sketch.scan`."""
+    cuts: tuple[int, int]
+    """Greatest distances of sketches in the first words and in all."""
+    left_out: int = 0
+    """One of LEFT_OUT."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +70,47 @@ class Cells:
         return np.asarray(exponent * np.log(self.sizes * len(self.sizes)), np.float32)
 
     def scores(self, vectors: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-        """(rows, (rows, c) float32 cosines with the centroids) of (n, d) stored vectors, a block at a time.
+        """(rows, (rows, c) float32 cosines with the centroids) of (n, d) stored vectors, a block at a time."""
+        for rows, _, leading in self._blocks(vectors):
+            yield rows, self._cosines(leading)[: rows.stop - rows.start]
 
-        Blocks have one shape, the last is padded: the scores of a vector do not depend on its company.
+    def homes(self, vectors: np.ndarray) -> np.ndarray:
+        """(n,) int32."""
+        parts = [scores.argmax(axis=1).astype(np.int32) for _, scores in self.scores(vectors)]
+        return np.concatenate([np.empty(0, np.int32), *parts])
+
+    def sketches(self, vectors: np.ndarray, left_out: int) -> np.ndarray:
+        """(n, SKETCH_WORDS) uint64 signs of what some leading components leave of (n, d) stored vectors.
+
+        Strangers who meet in a cell resemble each other in just these components: a plain sketch would mostly say
+        again what the cell has said. How many to leave out depends on how far true pairs resemble each other there.
+        """
+        result = np.empty((len(vectors), SKETCH_WORDS), np.uint64)
+        for rows, wide, leading in self._blocks(vectors):
+            result[rows] = self._sketched(wide, leading, left_out)[: rows.stop - rows.start]
+        return result
+
+    def assign(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """(homes (n,) int32, rows (v,) int64 and cells (v,) int32 of all further visits, sketches (n, w) uint64)."""
+        assert self.rule is not None
+        handicap, reach = self.handicap(self.rule.exponent), np.float32(self.rule.reach)
+        homes = np.empty(len(vectors), np.int32)
+        bits = np.empty((len(vectors), SKETCH_WORDS), np.uint64)
+        found_rows, found_cells = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
+        for block, wide, leading in self._blocks(vectors):
+            bits[block] = self._sketched(wide, leading, self.rule.left_out)[: block.stop - block.start]
+            scores = self._cosines(leading)[: block.stop - block.start]
+            home = scores.argmax(axis=1)
+            homes[block] = home
+            rows, cells = _within(scores, home, handicap, reach)
+            found_rows.append(rows + block.start)
+            found_cells.append(cells)
+        return homes, np.concatenate(found_rows), np.concatenate(found_cells), bits
+
+    def _blocks(self, vectors: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+        """(rows, (b, d) float32 vectors, (b, p) float32 components) a block at a time.
+
+        Blocks have one shape, the last is padded: what is computed of a vector does not depend on its company.
         """
         size = max(64, min(BLOCK_ROWS, BLOCK_SCORES // len(self.centroids) // 64 * 64))
         wide = np.zeros((size, vectors.shape[1]), np.float32)
@@ -72,31 +118,19 @@ class Cells:
             for begin in range(0, len(vectors), size):
                 rows = slice(begin, min(len(vectors), begin + size))
                 held = rows.stop - begin
-                wide[:held] = vectors[rows]
+                wide[:held] = halves.widen(vectors[rows])
                 wide[held:] = 0
-                projected = wide @ self.projection
-                lengths = np.sqrt(np.einsum("nd,nd->n", projected, projected))
-                projected /= np.maximum(lengths, np.float32(1e-20))[:, None]
-                yield rows, (projected @ self.centroids.T)[:held]
+                yield rows, wide, wide @ self.projection
 
-    def homes(self, vectors: np.ndarray) -> np.ndarray:
-        """(n,) int32."""
-        parts = [scores.argmax(axis=1).astype(np.int32) for _, scores in self.scores(vectors)]
-        return np.concatenate([np.empty(0, np.int32), *parts])
+    def _cosines(self, leading: np.ndarray) -> np.ndarray:
+        lengths = np.sqrt(np.einsum("nd,nd->n", leading, leading))
+        unit = leading / np.maximum(lengths, np.float32(1e-20))[:, None]
+        return np.asarray(unit @ self.centroids.T)
 
-    def visits(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where vectors go: ((n,) int32 homes, (v,) int64 rows and (v,) int32 cells of all further visits)."""
-        assert self.rule is not None
-        handicap, reach = self.handicap(self.rule.exponent), np.float32(self.rule.reach)
-        homes = np.empty(len(vectors), np.int32)
-        found_rows, found_cells = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
-        for block, scores in self.scores(vectors):
-            home = scores.argmax(axis=1)
-            homes[block] = home
-            rows, cells = _within(scores, home, handicap, reach)
-            found_rows.append(rows + block.start)
-            found_cells.append(cells)
-        return homes, np.concatenate(found_rows), np.concatenate(found_cells)
+    def _sketched(self, wide: np.ndarray, leading: np.ndarray, left_out: int) -> np.ndarray:
+        out = min(left_out, wide.shape[1] // 8)
+        left = wide - np.ascontiguousarray(leading[:, :out]) @ self.projection[:, :out].T if out else wide
+        return sketch.sketches(left, SKETCH_WORDS)
 
     def gaps(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """(p, len(EXPONENTS)) float32: the reach at which each pair of rows is compared, -1 for one home.
@@ -117,7 +151,7 @@ class Cells:
     def to_bytes(self) -> bytes:
         """For `from_bytes`: a numpy archive without pickles."""
         rule = self.rule
-        numbers = [] if rule is None else [rule.exponent, rule.reach, rule.first_words, *rule.cuts]
+        numbers = [] if rule is None else [rule.exponent, rule.reach, rule.first_words, *rule.cuts, rule.left_out]
         file = io.BytesIO()
         np.savez(
             file,
@@ -132,17 +166,26 @@ class Cells:
     def from_bytes(cls, data: bytes) -> "Cells":
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             numbers = file["rule"].tolist()
-            words, *cuts = (int(number) for number in numbers[2:]) if numbers else (0,)
-            rule = Rule(numbers[0], numbers[1], words, (cuts[0], cuts[1], cuts[2])) if numbers else None
+            rule = None
+            if numbers:
+                words, first, whole, left_out = (int(number) for number in numbers[2:])
+                rule = Rule(numbers[0], numbers[1], words, (first, whole), left_out)
             return cls(file["projection"], file["centroids"], file["sizes"], rule)
 
 
-def train(count: int, seed: int, sample: np.ndarray) -> Cells:
-    """Cells of (n, d) sampled vectors: spherical k-means by FAISS in their principal components, on one thread."""
+def train(count: int, seed: int, sample: np.ndarray, threshold: float) -> Cells:
+    """Cells of (n, d) sampled vectors: spherical k-means by FAISS in their principal components, on one thread.
+
+    threshold: cosine above which two of the sample are copies; of copies one counts for the components, since a
+    component that is a large group of copies would be missing from just their sketches.
+    """
     faiss = require_faiss()
     wide = np.ascontiguousarray(sample, dtype=np.float32)
     with one_thread():
-        _, axes = np.linalg.eigh((wide.T @ wide).astype(np.float64))
+        few = wide[:COMPONENT_ROWS]
+        copies = [columns for _, columns in products.nominate(few, few, threshold, np.arange(1, len(few) + 1))]
+        few = np.delete(few, np.unique(np.concatenate([np.empty(0, np.int64), *copies])), axis=0)
+        _, axes = np.linalg.eigh((few.T @ few).astype(np.float64))
         projection = np.ascontiguousarray(axes[:, ::-1][:, : min(COMPONENTS, wide.shape[1])], dtype=np.float32)
         projected = wide @ projection
         projected /= np.maximum(np.linalg.norm(projected, axis=1, keepdims=True), np.float32(1e-20))

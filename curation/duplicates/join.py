@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from curation.duplicates import recall as recalls
-from curation.duplicates.cell_join import Plan, find_plan, join_by_cells
+from curation.duplicates.cell_join import join_by_cells
 from curation.duplicates.cells import Cells
 from curation.duplicates.components import components
 from curation.duplicates.members import Members
+from curation.duplicates.planning import Plan, find_plan
 from curation.duplicates.scratch import Scratch
 from curation.duplicates.tasks import JoinOptions, Spread, serial
 from curation.duplicates.tiles import exact_join

@@ -7,13 +7,13 @@ another measures it; intervals are bootstraps over queries, whose pairs are foun
 """
 
 import itertools
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from curation import sketch
-from curation.duplicates.cells import EXPONENTS, Cells, Rule
+from curation.duplicates.cells import EXPONENTS, LEFT_OUT, SKETCH_WORDS, Cells, Rule
 from curation.order import generator
 
 CHOICE_QUERIES = 2048
@@ -21,19 +21,23 @@ MEASURE_QUERIES = 2048
 QUERIES_WITH_COPIES = 2048
 MOST_QUERIES = 8192
 """Queries measured with at most, while fewer than QUERIES_WITH_COPIES of them have a copy."""
-PAIRS_PER_QUERY = 256
-"""Kept of one query in one piece, by node hash; the others count through the weight of those."""
+PAIRS_PER_QUERY = 64
+"""Kept of one query in one tile of a piece, by node hash; the others count through the weight of those."""
 TRUTH_DEVIATIONS = 4.0
 RESAMPLES = 1000
+LEAST_PAIRS = 100
+"""To choose a rule on; with fewer, imagined ones join them."""
 ATTEMPTS = 10
 LEARNING_ATTEMPTS = 5
-NANOSECONDS = {2: 1.0, 3: 1.3, 4: 1.6}
+NANOSECONDS = {2: 1.2, 3: 1.6, 4: 1.8}
 """Of a pair of sketches by the words that are compared first: measured, one core with AVX2."""
-NANOSECONDS_PASSED = np.array([5.0, 8.0, 400.0])
-"""Further ones of a pair that is near in its first words, in half of them, in all."""
+NANOSECONDS_PASSED = np.array([12.0, 700.0])
+"""Further ones of a pair that is near in its first words, in all."""
 FIRST_WORDS = (2, 3, 4)
 LOSSES = (0.15, 0.3, 0.45, 0.6)
-"""Shares of the permitted loss that the sketches may take."""
+"""Shares of the permitted loss that the sketches may take,"""
+FIRST_LOSSES = (0.2, 0.5, 0.8)
+"""and of that the first words."""
 
 SAMPLE_PAIR = np.dtype(
     [
@@ -42,13 +46,12 @@ SAMPLE_PAIR = np.dtype(
         ("similarity", "<f4"),
         ("weight", "<f4"),
         ("gap", "<f4", (len(EXPONENTS),)),
-        ("first", "<u2", (sketch.LONGEST_FIRST,)),
-        ("half", "<u2"),
-        ("distance", "<u2"),
+        ("first", "<u2", (len(LEFT_OUT), sketch.LONGEST_FIRST)),
+        ("distance", "<u2", (len(LEFT_OUT),)),
     ]
 )
 """A true pair: the query's node, the other's, how many pairs it stands for, the reach at which it is compared for each
-of EXPONENTS, and the distance of the sketches in 1, 2, … words, in half and in all of them."""
+of EXPONENTS, and for each of LEFT_OUT the distance of the sketches in 1, 2, … words and in all of them."""
 
 
 @dataclass(frozen=True)
@@ -68,14 +71,15 @@ class Recall:
 class Background:
     """A sample of vectors that meet in cells: what a rule costs.
 
-    scores: (q, c) float32 of some vectors. homes: (r,) int32 of others. first: (LONGEST_FIRST, q, r) uint16, half and
-    distance: (q, r) uint16 of their sketches. shares: (c,) of all rows by home.
+    scores: (q, c) float32 of some vectors. shares: (c,) of all rows by home. Of all pairs with r others: gaps
+    (len(EXPONENTS), q r) float32, the reach at which they meet, ascending, and pairs, which ones; first (len(LEFT_OUT),
+    LONGEST_FIRST, q r) and distance (len(LEFT_OUT), q r) uint16 of their sketches.
     """
 
     scores: np.ndarray
-    homes: np.ndarray
+    gaps: np.ndarray
+    pairs: np.ndarray
     first: np.ndarray
-    half: np.ndarray
     distance: np.ndarray
     shares: np.ndarray
 
@@ -83,18 +87,24 @@ class Background:
     def of(cls, cells: Cells, vectors: np.ndarray, homes_of: np.ndarray) -> "Background":
         """vectors: (q, d), homes_of: (r, d) stored vectors of two random samples."""
         scores = np.concatenate([block for _, block in cells.scores(vectors)])
-        one, other = sketch.sketches(vectors), sketch.sketches(homes_of)
-        first = np.zeros((sketch.LONGEST_FIRST, len(one), len(other)), np.uint16)
-        total = np.zeros((len(one), len(other)), np.uint16)
-        for word in range(one.shape[1]):
-            total += np.bitwise_count(one[:, None, word] ^ other[None, :, word])
-            if word < sketch.LONGEST_FIRST:
-                first[word] = total
-            if word == sketch.HALF - 1:
-                half = total.copy()
+        first = np.zeros((len(LEFT_OUT), sketch.LONGEST_FIRST, len(vectors), len(homes_of)), np.uint16)
+        total = np.zeros((len(LEFT_OUT), len(vectors), len(homes_of)), np.uint16)
+        for law, left_out in enumerate(LEFT_OUT):
+            one, other = cells.sketches(vectors, left_out), cells.sketches(homes_of, left_out)
+            for word in range(one.shape[1]):
+                total[law] += np.bitwise_count(one[:, None, word] ^ other[None, :, word])
+                if word < sketch.LONGEST_FIRST:
+                    first[law, word] = total[law]
         homes = cells.homes(homes_of)
         members = np.bincount(homes, minlength=len(cells)) + cells.sizes * len(homes)
-        return cls(scores, homes, first, half, total, members / members.sum())
+        best, there = scores.max(axis=1, keepdims=True), scores[:, homes]
+        gaps = np.stack([best - (there - cells.handicap(exponent)[homes]) for exponent in EXPONENTS])
+        gaps[:, there == best] = -1
+        gaps = gaps.reshape(len(gaps), -1)
+        order = np.argsort(gaps, axis=1, kind="stable")
+        gaps = np.take_along_axis(gaps, order, axis=1)
+        flat, whole = first.reshape(*first.shape[:2], -1), total.reshape(len(total), -1)
+        return cls(scores, gaps, order, flat, whole, members / members.sum())
 
     def visited(self, cells: Cells, exponent: float, reach: float) -> np.ndarray:
         """(q, c) bool: the cells that each vector is at home in or visits."""
@@ -116,78 +126,100 @@ class Choice:
     nanoseconds: float
 
 
-def choose(pairs: np.ndarray, threshold: float, recall: float, cells: Cells, background: Background) -> Choice | None:
+def described(pairs: np.ndarray, left: np.ndarray, right: np.ndarray, cells: Cells) -> np.ndarray:
+    """`pairs` (p,) SAMPLE_PAIR with `gap`, `first` and `distance` of the vectors left and right (p, d) filled in."""
+    for law, left_out in enumerate(LEFT_OUT):
+        one, other = cells.sketches(left, left_out), cells.sketches(right, left_out)
+        for word in range(sketch.LONGEST_FIRST):
+            pairs["first"][:, law, word] = sketch.distances(one, other, word + 1)
+        pairs["distance"][:, law] = sketch.distances(one, other, SKETCH_WORDS)
+    pairs["gap"] = cells.gaps(left, right)
+    return pairs
+
+
+def imagined(vectors: np.ndarray, cosine: float, cells: Cells) -> np.ndarray:
+    """(n,) SAMPLE_PAIR of (n, d) sampled vectors and, of each, a copy at `cosine` in a random direction.
+
+    What a rule is chosen on where the sample holds next to no copies.
+    """
+    wide = vectors.astype(np.float32)
+    away = generator(0, "imagined copies").standard_normal(wide.shape, dtype=np.float32)
+    away -= np.einsum("nd,nd->n", away, wide)[:, None] * wide
+    away /= np.linalg.norm(away, axis=1, keepdims=True)
+    pairs = np.zeros(len(wide), SAMPLE_PAIR)
+    pairs["query"], pairs["weight"] = np.arange(len(wide)), 1
+    pairs["similarity"] = np.nextafter(np.float32(cosine), np.float32(2))
+    return described(pairs, wide, np.float32(cosine) * wide + np.float32(np.sqrt(1 - cosine**2)) * away, cells)
+
+
+def choose(pairs: np.ndarray, threshold: float, recall: float, background: Background) -> Choice | None:
     """The cheapest rule that finds `recall` of the sampled pairs above `threshold`; None where none does.
 
-    pairs: (p,) SAMPLE_PAIR. Without pairs to learn from, what finds pairs at the threshold by the law of sketches and
-    half of the visits that a random pair would take.
+    pairs: (p,) SAMPLE_PAIR, with some above the threshold.
     """
     above = pairs[pairs["similarity"] > np.float32(threshold)]
     weight = above["weight"].astype(np.float64)
     best: Choice | None = None
-    for exponent, words, part in itertools.product(range(len(EXPONENTS)), FIRST_WORDS, LOSSES):
-        if len(above):
-            loss = (1 - recall) * part
-            cuts = (
-                _quantile(above["first"][:, words - 1], weight, 1 - 0.6 * loss),
-                _quantile(above["half"], weight, 1 - 0.3 * loss),
-                _quantile(above["distance"], weight, 1 - 0.1 * loss),
-            )
-            passing = _near(above, words, cuts)
+    laws = itertools.product(range(len(LEFT_OUT)), FIRST_WORDS, LOSSES, FIRST_LOSSES)
+    for law, words, part, first in laws:
+        loss = (1 - recall) * part
+        cuts = (
+            _quantile(above["first"][:, law, words - 1], weight, 1 - first * loss),
+            _quantile(above["distance"][:, law], weight, 1 - (1 - first) * loss),
+        )
+        rule = Rule(0.0, 0.0, words, cuts, LEFT_OUT[law])
+        passing = _near(above, rule)
+        for exponent, name in enumerate(EXPONENTS):
             reach = _reach(above["gap"][:, exponent], weight, passing, recall)
-        else:
-            first, half, whole = (sketch.distance_at(threshold, w, 3) for w in (words, sketch.HALF, sketch.WORDS))
-            cuts = (first, half, whole)
-            reach = float(np.median(background.scores.max(axis=1)) / 8)
-        if reach is None:
-            continue
-        found = _costing(Rule(EXPONENTS[exponent], reach, words, cuts), cells, background)
-        if best is None or found.share * found.nanoseconds < best.share * best.nanoseconds:
-            best = found
+            if reach is None:
+                continue
+            found = _costing(replace(rule, exponent=name, reach=reach), background)
+            if best is None or found.share * found.nanoseconds < best.share * best.nanoseconds:
+                best = found
     return best
 
 
-def widened(choice: Choice, cells: Cells, background: Background) -> Choice:
+def widened(choice: Choice, background: Background) -> Choice:
     """A rule that compares more than another: an eighth more reach, and pairs a little farther apart."""
     rule = choice.rule
-    first, half, whole = rule.cuts
-    wider = Rule(rule.exponent, 1.125 * rule.reach + 1e-3, rule.first_words, (first + 1, half + 2, whole + 3))
-    return _costing(wider, cells, background)
+    first, whole = rule.cuts
+    wider = replace(rule, reach=1.125 * rule.reach + 1e-3, cuts=(first + 1, whole + 2))
+    return _costing(wider, background)
 
 
-def _costing(rule: Rule, cells: Cells, background: Background) -> Choice:
-    mask = background.visited(cells, rule.exponent, rule.reach)
-    share, meet = float((mask @ background.shares).mean()), mask[:, background.homes]
-    near = background.first[rule.first_words - 1][meet] <= rule.cuts[0]
-    nearer = near & (background.half[meet] <= rule.cuts[1])
-    verified = nearer & (background.distance[meet] <= rule.cuts[2])
-    passed = np.array([near.sum(), nearer.sum(), verified.sum()]) / max(1, len(near))
-    return Choice(rule, share, NANOSECONDS[rule.first_words] + float(passed @ NANOSECONDS_PASSED))
+def _costing(rule: Rule, background: Background) -> Choice:
+    law = EXPONENTS.index(rule.exponent)
+    meeting = int(np.searchsorted(background.gaps[law], np.float32(rule.reach), side="right"))
+    meet = background.pairs[law, :meeting]
+    bits = LEFT_OUT.index(rule.left_out)
+    near = background.first[bits, rule.first_words - 1][meet] <= rule.cuts[0]
+    verified = near & (background.distance[bits][meet] <= rule.cuts[1])
+    passed = np.array([near.sum(), verified.sum()]) / max(1, len(near))
+    return Choice(
+        rule, meeting / background.gaps.shape[1], NANOSECONDS[rule.first_words] + float(passed @ NANOSECONDS_PASSED)
+    )
 
 
 def nominated(pairs: np.ndarray, rule: Rule) -> np.ndarray:
     """(p,) bool: whether the join compares each pair and its sketches are near."""
-    return np.asarray(
-        (pairs["gap"][:, EXPONENTS.index(rule.exponent)] <= np.float32(rule.reach))
-        & _near(pairs, rule.first_words, rule.cuts)
-    )
+    return np.asarray((pairs["gap"][:, EXPONENTS.index(rule.exponent)] <= np.float32(rule.reach)) & _near(pairs, rule))
 
 
-def _near(pairs: np.ndarray, first_words: int, cuts: tuple[int, int, int]) -> np.ndarray:
-    return np.asarray(
-        (pairs["first"][:, first_words - 1] <= cuts[0]) & (pairs["half"] <= cuts[1]) & (pairs["distance"] <= cuts[2])
-    )
+def _near(pairs: np.ndarray, rule: Rule) -> np.ndarray:
+    bits = LEFT_OUT.index(rule.left_out)
+    first, whole = pairs["first"][:, bits, rule.first_words - 1], pairs["distance"][:, bits]
+    return np.asarray((first <= rule.cuts[0]) & (whole <= rule.cuts[1]))
 
 
 def margin(
-    pairs: np.ndarray, threshold: float, recall: float, cells: Cells, background: Background, queries: tuple[int, int]
+    pairs: np.ndarray, threshold: float, recall: float, background: Background, queries: tuple[int, int]
 ) -> float:
     """How far above `recall` to aim, so that the lower end of the measured interval will reach it.
 
     pairs: (p,) SAMPLE_PAIR of the choosing sample. queries: how many chose, how many will measure. From the interval
     that a rule half-way between `recall` and 1 has on the choosing sample.
     """
-    middle = choose(pairs, threshold, (1 + recall) / 2, cells, background)
+    middle = choose(pairs, threshold, (1 + recall) / 2, background)
     if middle is None:
         return 0.0
     known = measured(pairs, nominated(pairs, middle.rule), threshold, queries[0])

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation import storage, vectors
-from curation.duplicates import cell_join, join
+from curation.duplicates import join, planning
 from curation.duplicates.components import components
 from curation.duplicates.forest import Nodes
 from curation.duplicates.tasks import JoinOptions
@@ -175,7 +175,7 @@ def test_generations_through_cells_have_the_components_of_one_search_in_the_same
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(duplicate_forests, "JoinOptions", partial(JoinOptions, exact_multiply_adds=0))
-    monkeypatch.setattr(cell_join, "PRODUCT_NANOSECONDS", 1e9)  # cells, whatever they cost
+    monkeypatch.setattr(planning, "PRODUCT_NANOSECONDS", 1e9)  # cells, whatever they cost
     x = planted(1000)[np.random.default_rng(4).permutation(1000)]
     grown, summaries = in_run(tmp_path / "grown", x, [800, 930], recall=0.8)
     assert [s["search"] for s in summaries] == ["cells"] * 3
