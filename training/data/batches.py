@@ -8,6 +8,8 @@ it, in `accumulate` micro-batches; groups of `group_size` samples never straddle
 import itertools
 import logging
 import multiprocessing
+import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,13 +19,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, get_worker_info
 
+from curation import storage
 from curation.errors import UserError
+from training.data.chunks import ChunkOrder, ChunkReader, Lanes, chunks_of
 from training.data.config import DataConfig
 from training.data.index import Index, open_index
 from training.data.masking import group_masks
-from training.data.reading import check_locations
+from training.data.reading import Reader, check_locations
 from training.data.samples import SampleMaker, stack
-from training.data.sampling import order_of
+from training.data.sampling import Order, order_of
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +80,11 @@ class Share:
     def size(self) -> int:
         return micro_batch_size(self.global_batch, self.world_size, self.accumulate, self.group_size)
 
+    @property
+    def lanes(self) -> Lanes:
+        """Of the global batch, whatever the processes."""
+        return Lanes(self.global_batch // self.group_size, self.group_size)
+
     def numbers(self, micro_batch: int) -> range:
         """Sample numbers of this process's micro-batch, counted from its first of step 0."""
         step, part = divmod(micro_batch, self.accumulate)
@@ -114,22 +123,25 @@ def batches(
         )
     check_locations(index)
     order_of(config, index, seed)  # what it needs of the source is looked for, and written beside the index, here
-    maker = MicroBatches(config, index, share, seed, patch_size)
-    return _stream(maker, config, first_step * accumulate, torch.device(device))
+    return _stream(config, index, share, seed, patch_size, first_step * accumulate, torch.device(device))
 
 
 class MicroBatches(torch.utils.data.Dataset[Any]):
     """Micro-batch by its number, as uint8 arrays; made whole by one worker."""
 
-    def __init__(self, config: DataConfig, index: Index, share: Share, seed: int, patch_size: int) -> None:
+    def __init__(
+        self, config: DataConfig, index: Index, share: Share, seed: int, patch_size: int, spool: str | None
+    ) -> None:
+        """spool: a folder for chunks of packed shards that are far away."""
+        self._spool = spool
         self._config, self._index, self._share, self._seed = config, index, share, seed
         self._grid = config.global_size // patch_size
         self._maker: SampleMaker | None = None
 
     def __getitem__(self, micro_batch: int) -> dict[str, Any]:
         if self._maker is None:  # in the worker: threads, files and mapped weights do not travel
-            order = order_of(self._config, self._index, self._seed)
-            self._maker = SampleMaker(self._config, self._index, order, self._seed)
+            order = order_of(self._config, self._index, self._seed, self._share.lanes)
+            self._maker = SampleMaker(self._config, self._index, order, self._seed, self._reader(order))
         worker = get_worker_info()
         following = self._share.numbers(micro_batch + (worker.num_workers if worker else 1))
         numbers = self._share.numbers(micro_batch)
@@ -146,6 +158,14 @@ class MicroBatches(torch.utils.data.Dataset[Any]):
             self._maker.close()
             self._maker = None
 
+    def _reader(self, order: Order) -> Reader:
+        config, lanes = self._config, self._share.lanes
+        if self._spool is None or not isinstance(order, ChunkOrder):
+            return Reader(self._index, config.reads_in_flight)
+        kept = 4 + 2 * config.shuffle_chunks * -(-lanes.count // self._share.world_size)
+        chunks = chunks_of(config, len(self._index), lanes)
+        return ChunkReader(self._index, config.reads_in_flight, chunks, self._spool, kept)
+
     def _masks(self, numbers: range) -> np.ndarray:
         size = self._share.group_size
         config = self._config
@@ -156,14 +176,27 @@ class MicroBatches(torch.utils.data.Dataset[Any]):
         return np.concatenate(groups, axis=1).reshape(2 * len(numbers), -1)
 
 
-def _stream(maker: MicroBatches, config: DataConfig, first: int, device: torch.device) -> Iterator[Batch]:
+def _stream(
+    config: DataConfig, index: Index, share: Share, seed: int, patch_size: int, first: int, device: torch.device
+) -> Iterator[Batch]:
+    far = index.listing.packed and not storage.is_local(index.listing.root)
+    spool = tempfile.mkdtemp(prefix="lvd-curate-") if far else None
+    try:
+        maker = MicroBatches(config, index, share, seed, patch_size, spool)
+        yield from _finished(_raw(maker, config, first, device), config, device)
+    finally:
+        if spool is not None:
+            shutil.rmtree(spool, ignore_errors=True)
+
+
+def _finished(micro_batches: Iterator[dict[str, Any]], config: DataConfig, device: torch.device) -> Iterator[Batch]:
     scale = torch.tensor(config.std, device=device).mul(255).reciprocal().view(1, 3, 1, 1)
     shift = torch.tensor(config.mean, device=device).div(torch.tensor(config.std, device=device)).view(1, 3, 1, 1)
 
     def normalised(crops: Tensor) -> Tensor:
         return crops.to(device, non_blocking=True).float().mul_(scale).sub_(shift)
 
-    for made in _raw(maker, config, first, device):
+    for made in micro_batches:
         if "error" in made:
             raise made["error"]
         for image_id, reason in made["broken"]:

@@ -40,10 +40,10 @@ class Sample:
 class SampleMaker:
     """Makes samples in the process that calls it: threads read, a child process decodes, this thread augments."""
 
-    def __init__(self, config: DataConfig, index: Index, order: Order, seed: int) -> None:
+    def __init__(self, config: DataConfig, index: Index, order: Order, seed: int, reader: Reader) -> None:
         self._config, self._index, self._order, self._seed = config, index, order, seed
         self._shrink_to = augmentation.least_side(config)
-        self._reader = Reader(index, config.reads_in_flight)
+        self._reader = reader
         self._decoder = Decoder()
         self._decoding = ThreadPoolExecutor(1, thread_name_prefix="image-decode")
         self._reads: dict[int, tuple[int, Future[bytes]]] = {}

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from curation.errors import UserError
 from curation.order import hash_keys
+from training.data.chunks import ChunkOrder, Lanes, chunks_of
 from training.data.config import DataConfig
 from training.data.index import Index, part_tables
 from training.data.permutation import Permutation, permute_each
@@ -38,13 +39,18 @@ class Order(Protocol):
         ...
 
 
-def order_of(config: DataConfig, index: Index, seed: int) -> Order:
-    """The order that `config.sampling` asks for. Raises UserError where the source does not know what it needs."""
+def order_of(config: DataConfig, index: Index, seed: int, lanes: Lanes | None = None) -> Order:
+    """The order that `config.sampling` asks for. Raises UserError where the source does not know what it needs.
+
+    lanes: of the training; packed shards are then gone through chunk by chunk.
+    """
     if config.sampling in ("seed_set", "cluster"):
         members = members_of(index, config.sampling, config.cluster_level)
         return GroupOrder(members, _shares(config, members), seed)
     if config.sampling == "weight" and index.weights is not None:
         return WeightOrder(index.weights, seed)
+    if index.listing.packed and lanes is not None:
+        return ChunkOrder(chunks_of(config, len(index), lanes), lanes, config.shuffle_chunks, seed)
     return UniformOrder(len(index), seed)
 
 
