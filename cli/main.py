@@ -13,7 +13,7 @@ app = typer.Typer(
     add_completion=True,
 )
 
-GROUPS = ("start", "ingest", "images", "duplicates", "selection", "dataset", "adding", "training")
+GROUPS = ("start", "ingest", "images", "duplicates", "selection", "dataset", "adding", "training", "evaluation")
 """Modules of cli/ that add their commands to `app` through `register(app)`."""
 
 for _group in GROUPS:

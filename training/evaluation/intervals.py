@@ -18,7 +18,7 @@ def share(successes: int, trials: int) -> dict[str, Any]:
     p = successes / trials
     centre = (p + Z * Z / (2 * trials)) / (1 + Z * Z / trials)
     half = Z * math.sqrt(p * (1 - p) / trials + Z * Z / (4 * trials * trials)) / (1 + Z * Z / trials)
-    return {"value": p, "low": max(0.0, centre - half), "high": min(1.0, centre + half), "n": trials}
+    return {"value": p, "low": min(p, max(0.0, centre - half)), "high": max(p, min(1.0, centre + half)), "n": trials}
 
 
 def mean(values: np.ndarray, seed: int = 0) -> dict[str, Any]:

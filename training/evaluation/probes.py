@@ -31,6 +31,11 @@ class Task:
     device: str = "cpu"
     index_folder: str | None = None
 
+    @property
+    def leaves_one_out(self) -> bool:
+        """Whether each image is told by all others: training and test set are one."""
+        return self.train == self.test
+
 
 class Features:
     """A task's features, computed when first asked for and shared by the probes."""
@@ -50,11 +55,15 @@ class Features:
 
     @cached_property
     def test(self) -> FeatureSet:
+        if self.task.leaves_one_out:
+            return self.train
         return extract(self.task.encoder, self.sets[1], workers=self.task.workers)
 
     @cached_property
     def held_out(self) -> np.ndarray:
-        """(train,) bool: the part that choices are made on."""
+        """(train,) bool: the part that choices are made on. Raises UserError without a test set of its own."""
+        if self.task.leaves_one_out:
+            raise UserError(f"{self.task.test}: a trained probe needs a test set that it was not trained on")
         _, held = self.sets[0].split(HELD_OUT, self.task.seed)
         return np.isin(self.train.image_ids, held.image_ids)
 
@@ -77,7 +86,13 @@ class KnnProbe:
     def run(self, features: Features) -> dict[str, Any]:
         train, test = features.train, features.test
         found = knn.predict(
-            train.values, train.labels, test.values, NEIGHBOURS, len(train.classes), features.task.device
+            train.values,
+            train.labels,
+            test.values,
+            NEIGHBOURS,
+            len(train.classes),
+            features.task.device,
+            features.task.leaves_one_out,
         )
         return {f"accuracy_k{k}": intervals.share(int((p == test.labels).sum()), len(test)) for k, p in found.items()}
 
@@ -124,7 +139,7 @@ class RetrievalProbe:
     name = "retrieval"
 
     def run(self, features: Features) -> dict[str, Any]:
-        same = features.task.train == features.task.test
+        same = features.task.leaves_one_out
         test, train = features.test, features.test if same else features.train
         found: dict[str, Any] = {}
         for definition in ("sum", "trapezoid"):

@@ -49,6 +49,16 @@ def test_neighbours_vote_as_scikit_learn_s_with_dinov2_s_weights(
     assert (knn.predict(train[:5], labels[:5], test, (200,), 10)[200] < 10).all()  # fewer than k
 
 
+def test_leaving_one_out_is_as_if_it_were_not_there(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knn, "TRAIN_AT_ONCE", 37)
+    monkeypatch.setattr(knn, "QUERIES_AT_ONCE", 50)
+    train, labels, _, _ = digits
+    found = knn.predict(train, labels, train, (5,), 10, leave_one_out=True)[5]
+    for i in (0, 36, 37, 120, 299):
+        others = np.delete(np.arange(300), i)
+        assert found[i] == knn.predict(train[others], labels[others], train[i : i + 1], (5,), 10)[5][0]
+
+
 def test_logistic_regression_is_scikit_learn_s(digits: Digits) -> None:
     train, labels, test, _ = digits
     for strength in (0.01, 10.0):
