@@ -1,9 +1,9 @@
 """`make gpu`: on a machine with a GPU, check and time what the project computes there.
 
 Needs torch and numpy only. Measures the machine's two ceilings (memory bandwidth, bf16 matrix rate), then
-the float32 block products of the duplicate join against float64, and the embedding ViTs forward, eager and
-compiled, as shares of those ceilings. Writes benchmarks/results/gpu-DEVICE.json (or to $OUT). Without a GPU: one
-sentence, exit code 2.
+the float32 block products of the duplicate join against float64, the embedding ViTs forward and whole training steps,
+eager and compiled, as shares of those ceilings. Writes benchmarks/results/gpu-DEVICE.json (or to $OUT). Without a GPU:
+one sentence, exit code 2.
 """
 
 import json
@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from benchmarks.gpu_training import training_steps
 
 RESULTS = Path(__file__).parent / "results"
 BUDGET_S = 480
@@ -37,7 +39,12 @@ def main() -> int:
         "ceilings": ceilings(torch),
         "failures": [],
     }
-    for name, measure in (("block_products", block_products), ("vision_transformer", vision_transformers)):
+    parts = (
+        ("block_products", block_products),
+        ("vision_transformer", vision_transformers),
+        ("training", lambda torch, document: training_steps(torch, document, median_seconds)),
+    )
+    for name, measure in parts:
         if time.monotonic() - began > BUDGET_S:
             document[name] = "not measured: out of time"
             continue

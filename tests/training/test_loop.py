@@ -71,7 +71,7 @@ def test_a_checkpoint_of_two_processes_goes_on_on_one_and_on_three(on_two: Path,
         if count == 1:
             run_here(folder, steps=8)
         else:
-            assert finish(start_processes(3, folder, steps=8)) == [0, 0, 0]
+            assert finish(start_processes(3, folder, steps=8, parallel={"replicate": 3})) == [0, 0, 0]
     close(figures(tmp_path / "1"), figures(tmp_path / "3"), 1e-4)
     assert [line["step"] for line in figures(tmp_path / "1")] == list(range(1, 9))
 
