@@ -148,11 +148,13 @@ def test_other_steps_compress_the_schedule() -> None:
 
 
 def test_a_stage_is_the_configuration_with_its_changes() -> None:
-    config = tiny(stages=[{"name": "one"}, {"name": "two", "steps": 4, "data": {"global_size": 32}}])
+    config = tiny(stages=[{"name": "one"}, {"name": "two", "steps": 3, "data": {"global_size": 32}}])
     (one, first), (two, second) = stages(config)
-    assert (one, two) == ("one", "two") and first.steps == 8
-    assert (second.steps, second.data.global_size, second.data.local_size) == (4, 32, 8)
-    assert second.schedule.warmup_steps == 1 and second.schedule.learning_rate == first.schedule.learning_rate
+    assert (one, two) == ("one", "two") and first.steps == 6
+    assert (second.steps, second.data.global_size, second.data.local_size) == (3, 32, 8)
+    assert (
+        second.schedule.teacher_temperature_steps == 2 and second.schedule.learning_rate == first.schedule.learning_rate
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,7 +162,7 @@ def test_a_stage_is_the_configuration_with_its_changes() -> None:
     [
         ({"batch_size": 9}, "not a multiple of group_size"),
         ({"data": {"global_size": 18}}, "not a multiple of patch_size"),
-        ({"steps": 2}, "warmup_steps 2 is not below steps 2"),
+        ({"steps": 1}, "warmup_steps 1 is not below steps 1"),
         ({"model": {"heads": 3}}, "width 16 is not a multiple of heads 3"),
         ({"stages": [{"name": "a"}, {"name": "a"}]}, "stands twice"),
     ],

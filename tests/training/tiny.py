@@ -20,7 +20,7 @@ from training.data.batches import Batch
 from training.loop import Result, train
 
 TINY: dict[str, Any] = {
-    "steps": 8,
+    "steps": 6,
     "batch_size": 12,
     "group_size": 2,
     "model": {
@@ -38,13 +38,13 @@ TINY: dict[str, Any] = {
     },
     "schedule": {
         "learning_rate": 0.05,
-        "warmup_steps": 2,
+        "warmup_steps": 1,
         "teacher_momentum": [0.9, 1.0],
         "teacher_temperature_steps": 4,
         "freeze_last_layer_steps": 1,
     },
     "data": {"source": "synthetic", "global_size": 16, "local_size": 8, "local_crops": 3},
-    "checkpoints": {"every": 5},
+    "checkpoints": {"every": 100},
     "logging": {"every": 1},
 }
 
@@ -79,12 +79,12 @@ def synthetic(config: TrainConfig, first_step: int) -> Iterator[Batch]:
         step += 1
 
 
-def hanging_at(step: int) -> Callable[[TrainConfig, int], Iterator[Batch]]:
-    """A source that never delivers the batch of a step."""
+def hanging_at(step: int, release: Path | None = None) -> Callable[[TrainConfig, int], Iterator[Batch]]:
+    """A source that does not deliver the batch of a step before the file `release` is there."""
 
     def source(config: TrainConfig, first_step: int) -> Iterator[Batch]:
         for number, batch in enumerate(synthetic(config, first_step), first_step):
-            while number == step:
+            while number == step and not (release is not None and release.exists()):
                 time.sleep(0.01)
             yield batch
 
@@ -127,7 +127,7 @@ def run_there(environment: dict[str, str], output: str, hang_at: int | None, cha
     """In a process of its own."""
     os.environ.update(environment)
     torch.set_num_threads(1)
-    source = synthetic if hang_at is None else hanging_at(hang_at)
+    source = synthetic if hang_at is None else hanging_at(hang_at, Path(output) / "release")
     result = train(tiny(output, **changes), source=source)
     sys.exit(128 + signal.SIGTERM if result.stopped else 0)
 
