@@ -107,6 +107,8 @@ class Pending:
     step: int
     names: list[str]
     means: Tensor
+    arrived: torch.cuda.Event | None
+    """None: they are there."""
     own: Tensor
     batches: list[Batch]
     waited_s: float
@@ -184,15 +186,19 @@ class Stage:
         own = torch.stack([value.float() for values in figures.values() for value in values.values()])
         flag = {"": {"stop": torch.full((), stop, device=self.device)}}
         means = mean_over_processes(figures | flag).to("cpu", non_blocking=True)
-        self.pending.append(Pending(step, names, means, own, batches, waited))
+        arrived = None
+        if self.device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record()
+        self.pending.append(Pending(step, names, means, arrived, own, batches, waited))
 
     def _read(self, leave: int, checkpoints: Checkpoints) -> bool:
         """Read figures but of the last `leave` steps, which the device may still compute. Whether to stop."""
         stop = False
         while len(self.pending) > leave:
-            if self.device.type == "cuda" and leave == 0:
-                torch.cuda.synchronize(self.device)
             done = self.pending.popleft()
+            if done.arrived is not None:
+                done.arrived.synchronize()
             *numbers, flag = done.means.tolist()
             self.latest = dict(zip(done.names, numbers, strict=True))
             broken = [name for name, value in self.latest.items() if not math.isfinite(value)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -76,3 +77,8 @@ def apply(network: Network, config: ParallelConfig, mesh: DeviceMesh, *, trained
     for module in (*network.backbone.blocks, *heads):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, mp_policy=precision, reshard_after_forward=not trained)
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Without the host waiting for the device: that takes pinned memory."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

@@ -16,6 +16,7 @@ from training.collectives import sum_over_processes, world_size
 from training.losses import Centering, chosen_patches, dino_loss, ibot_loss, koleo_loss
 from training.model import Layout, Network, Outputs
 from training.optimizer import clip_per_module, set_values
+from training.parallel import to_device
 from training.stochastic_depth import choose_kept
 
 if TYPE_CHECKING:
@@ -154,11 +155,6 @@ def synchronise_gradients(network: Network, wanted: bool) -> None:
     """Whether the next backward averages gradients over processes; only the last of a step's micro-batches does."""
     if isinstance(network, FSDPModule):
         network.set_requires_gradient_sync(wanted)
-
-
-def to_device(x: Tensor, device: torch.device) -> Tensor:
-    """Without waiting for it."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
 def mean_over_processes(figures: dict[str, dict[str, Tensor]]) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 
 from curation.order import generator
 from training.model import Kept, Layout
+from training.parallel import to_device
 
 
 def choose_kept(
@@ -46,7 +47,7 @@ def choose_kept(
     rows, start = [], 0
     for places, length, tokens in zip(chosen, layout.lengths, layout.tokens, strict=True):
         if places:
-            first = torch.from_numpy(start + np.concatenate(places, axis=1) * length).to(device, non_blocking=True)
+            first = to_device(torch.from_numpy(start + np.concatenate(places, axis=1) * length), torch.device(device))
             rows.append((first[:, :, None] + torch.arange(length, device=device)).flatten(1))
         start += tokens
     of_branch = torch.cat(rows, dim=1).unbind(0)

@@ -27,7 +27,7 @@ def sinkhorn(
     A process may hold another number of rows than its neighbours, none included.
     """
     scores = logits.float() / temperature
-    rows = torch.tensor(float(len(scores)), device=scores.device)
+    rows = scores.new_full((), len(scores))
     log_share = math.log(scores.shape[1]) - sum_over_processes(rows).log()
     of_row, of_column = scores.new_zeros(len(scores), 1), scores.new_zeros(1, scores.shape[1])
     for _ in range(iterations):
