@@ -131,9 +131,8 @@ def oracle(made: data.Data, threshold: float, cells: Cells | None, labels: np.nd
         held[inside] = block[rows[inside] - partition.first_row]
     pairs = np.zeros(len(left), SAMPLE_PAIR)
     for k in range(0, len(left), BLOCK):
-        pairs[k : k + BLOCK] = described(
-            pairs[k : k + BLOCK], held[left[k : k + BLOCK]], held[right[k : k + BLOCK]], cells
-        )
+        part = slice(k, k + BLOCK)
+        pairs[part] = described(pairs[part], held, held, left[part], right[part], cells)
     found = nominated(pairs, cells.rule) | (held[left] == held[right]).all(axis=1)
     return document | {"recall": truth.recall(sample, found)}
 

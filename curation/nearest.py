@@ -10,10 +10,13 @@ Beyond FLAT centroids comparing all is too much, and the search goes through the
 are nearest are searched exactly, others not at all. That one is not exact: see `Grouping.search`.
 """
 
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import numba
 import numpy as np
@@ -331,14 +334,20 @@ def one_thread() -> Iterator[None]:
     if getattr(_limited, "already", False):
         yield
         return
-    from threadpoolctl import threadpool_limits
-
     _limited.already = True
     try:
-        with threadpool_limits(1):
+        with _controller(len(sys.modules)).limit(limits=1):
             yield
     finally:
         _limited.already = False
+
+
+@lru_cache(maxsize=1)
+def _controller(modules: int) -> Any:
+    """Of the thread pools of this process: finding them takes milliseconds, and imports are what brings new ones."""
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 _limited = threading.local()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numba
 import numpy as np
 
-from curation import halves, products, sketch
+from curation import halves, sketch
 from curation.nearest import one_thread
 from curation.search import require_faiss
 
@@ -87,7 +87,7 @@ class Cells:
         """
         result = np.empty((len(vectors), SKETCH_WORDS), np.uint64)
         for rows, wide, leading in self._blocks(vectors):
-            result[rows] = self._sketched(wide, leading, left_out)[: rows.stop - rows.start]
+            result[rows] = self._sketched(wide, leading, left_out, rows.stop - rows.start)
         return result
 
     def assign(self, vectors: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
@@ -98,7 +98,7 @@ class Cells:
         bits = np.empty((len(vectors), SKETCH_WORDS), np.uint64)
         found_rows, found_cells = [np.empty(0, np.int64)], [np.empty(0, np.int32)]
         for block, wide, leading in self._blocks(vectors):
-            bits[block] = self._sketched(wide, leading, self.rule.left_out)[: block.stop - block.start]
+            bits[block] = self._sketched(wide, leading, self.rule.left_out, block.stop - block.start)
             scores = self._cosines(leading)[: block.stop - block.start]
             home = scores.argmax(axis=1)
             homes[block] = home
@@ -127,10 +127,10 @@ class Cells:
         unit = leading / np.maximum(lengths, np.float32(1e-20))[:, None]
         return np.asarray(unit @ self.centroids.T)
 
-    def _sketched(self, wide: np.ndarray, leading: np.ndarray, left_out: int) -> np.ndarray:
+    def _sketched(self, wide: np.ndarray, leading: np.ndarray, left_out: int, held: int) -> np.ndarray:
         out = min(left_out, wide.shape[1] // 8)
         left = wide - np.ascontiguousarray(leading[:, :out]) @ self.projection[:, :out].T if out else wide
-        return sketch.sketches(left, SKETCH_WORDS)
+        return sketch.sketches(left[:held], SKETCH_WORDS)
 
     def gaps(self, left: np.ndarray, right: np.ndarray) -> np.ndarray:
         """(p, len(EXPONENTS)) float32: the reach at which each pair of rows is compared, -1 for one home.
@@ -182,9 +182,7 @@ def train(count: int, seed: int, sample: np.ndarray, threshold: float) -> Cells:
     faiss = require_faiss()
     wide = np.ascontiguousarray(sample, dtype=np.float32)
     with one_thread():
-        few = wide[:COMPONENT_ROWS]
-        copies = [columns for _, columns in products.nominate(few, few, threshold, np.arange(1, len(few) + 1))]
-        few = np.delete(few, np.unique(np.concatenate([np.empty(0, np.int64), *copies])), axis=0)
+        few = _without_copies(wide[:COMPONENT_ROWS], threshold)
         _, axes = np.linalg.eigh((few.T @ few).astype(np.float64))
         projection = np.ascontiguousarray(axes[:, ::-1][:, : min(COMPONENTS, wide.shape[1])], dtype=np.float32)
         projected = wide @ projection
@@ -203,6 +201,17 @@ def train(count: int, seed: int, sample: np.ndarray, threshold: float) -> Cells:
     cells = Cells(projection, centroids, np.full(count, 1 / count, np.float32))
     members = np.bincount(cells.homes(sample), minlength=count) + 1.0
     return replace(cells, sizes=np.asarray(members / members.sum(), np.float32))
+
+
+def _without_copies(rows: np.ndarray, threshold: float) -> np.ndarray:
+    """The rows (n, d) that are near no earlier one."""
+    copies = np.zeros(len(rows), bool)
+    for begin in range(0, len(rows), BLOCK_ROWS):
+        block = rows[begin : begin + BLOCK_ROWS]
+        near = (rows[: begin + len(block)] @ block.T) > np.float32(threshold)
+        near[begin:] = np.triu(near[begin:], 1)
+        copies[begin : begin + len(block)] = near.any(axis=0)
+    return rows[~copies]
 
 
 @numba.njit(cache=True, nogil=True)

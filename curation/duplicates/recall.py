@@ -34,9 +34,9 @@ NANOSECONDS = {2: 1.2, 3: 1.6, 4: 1.8}
 NANOSECONDS_PASSED = np.array([12.0, 700.0])
 """Further ones of a pair that is near in its first words, in all."""
 FIRST_WORDS = (2, 3, 4)
-LOSSES = (0.15, 0.3, 0.45, 0.6)
+LOSSES = (0.2, 0.4, 0.6)
 """Shares of the permitted loss that the sketches may take,"""
-FIRST_LOSSES = (0.2, 0.5, 0.8)
+FIRST_LOSSES = (0.3, 0.7)
 """and of that the first words."""
 
 SAMPLE_PAIR = np.dtype(
@@ -126,14 +126,22 @@ class Choice:
     nanoseconds: float
 
 
-def described(pairs: np.ndarray, left: np.ndarray, right: np.ndarray, cells: Cells) -> np.ndarray:
-    """`pairs` (p,) SAMPLE_PAIR with `gap`, `first` and `distance` of the vectors left and right (p, d) filled in."""
+def described(
+    pairs: np.ndarray, left: np.ndarray, right: np.ndarray, rows: np.ndarray, columns: np.ndarray, cells: Cells
+) -> np.ndarray:
+    """`pairs` (p,) SAMPLE_PAIR of left[rows] and right[columns] with `gap`, `first` and `distance` filled in.
+
+    left, right: (n, d) vectors. rows, columns: (p,).
+    """
+    rows_used, at_row = np.unique(rows, return_inverse=True)
+    columns_used, at_column = np.unique(columns, return_inverse=True)
     for law, left_out in enumerate(LEFT_OUT):
-        one, other = cells.sketches(left, left_out), cells.sketches(right, left_out)
+        one = cells.sketches(left[rows_used], left_out)[at_row]
+        other = cells.sketches(right[columns_used], left_out)[at_column]
         for word in range(sketch.LONGEST_FIRST):
             pairs["first"][:, law, word] = sketch.distances(one, other, word + 1)
         pairs["distance"][:, law] = sketch.distances(one, other, SKETCH_WORDS)
-    pairs["gap"] = cells.gaps(left, right)
+    pairs["gap"] = cells.gaps(left[rows], right[columns])
     return pairs
 
 
@@ -149,7 +157,8 @@ def imagined(vectors: np.ndarray, cosine: float, cells: Cells) -> np.ndarray:
     pairs = np.zeros(len(wide), SAMPLE_PAIR)
     pairs["query"], pairs["weight"] = np.arange(len(wide)), 1
     pairs["similarity"] = np.nextafter(np.float32(cosine), np.float32(2))
-    return described(pairs, wide, np.float32(cosine) * wide + np.float32(np.sqrt(1 - cosine**2)) * away, cells)
+    copies = np.float32(cosine) * wide + np.float32(np.sqrt(1 - cosine**2)) * away
+    return described(pairs, wide, copies, np.arange(len(wide)), np.arange(len(wide)), cells)
 
 
 def choose(pairs: np.ndarray, threshold: float, recall: float, background: Background) -> Choice | None:
@@ -160,6 +169,8 @@ def choose(pairs: np.ndarray, threshold: float, recall: float, background: Backg
     above = pairs[pairs["similarity"] > np.float32(threshold)]
     weight = above["weight"].astype(np.float64)
     best: Choice | None = None
+    order = np.argsort(above["gap"].T, axis=1, kind="stable")
+    gaps = np.take_along_axis(above["gap"].T, order, axis=1)
     laws = itertools.product(range(len(LEFT_OUT)), FIRST_WORDS, LOSSES, FIRST_LOSSES)
     for law, words, part, first in laws:
         loss = (1 - recall) * part
@@ -170,7 +181,7 @@ def choose(pairs: np.ndarray, threshold: float, recall: float, background: Backg
         rule = Rule(0.0, 0.0, words, cuts, LEFT_OUT[law])
         passing = _near(above, rule)
         for exponent, name in enumerate(EXPONENTS):
-            reach = _reach(above["gap"][:, exponent], weight, passing, recall)
+            reach = _reach(gaps[exponent], weight[order[exponent]], passing[order[exponent]], recall)
             if reach is None:
                 continue
             found = _costing(replace(rule, exponent=name, reach=reach), background)
@@ -298,11 +309,13 @@ def _quantile(values: np.ndarray, weight: np.ndarray, share: float) -> int:
 
 
 def _reach(gaps: np.ndarray, weight: np.ndarray, passing: np.ndarray, recall: float) -> float | None:
-    """The least reach at which `recall` of all weight is compared and passes; None where that is too much."""
-    order = np.argsort(gaps[passing], kind="stable")
-    share = np.cumsum(weight[passing][order]) / weight.sum()
+    """The least reach at which `recall` of all weight is compared and passes; None where that is too much.
+
+    gaps: (p,) ascending.
+    """
+    share = np.cumsum(weight * passing) / weight.sum()
     place = int(np.searchsorted(share, recall - 1e-12))
-    return None if place >= len(share) else max(0.0, float(gaps[passing][order][place]))
+    return None if place >= len(share) else max(0.0, float(gaps[place]))
 
 
 def thin(rows: np.ndarray, keys: np.ndarray, queries: int) -> tuple[np.ndarray, np.ndarray]:

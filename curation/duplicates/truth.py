@@ -76,7 +76,7 @@ def search_queries(scratch: Scratch, piece: int, shared: Any) -> np.ndarray:
         left, right = np.concatenate(lefts), np.concatenate(rights)
         for begin in range(0, len(found), VERIFY_PAIRS):
             part = slice(begin, begin + VERIFY_PAIRS)
-            found[part] = recalls.described(found[part], asked[left[part]], stored[right[part]], cells)
+            found[part] = recalls.described(found[part], asked, stored, left[part], right[part], cells)
     return found
 
 

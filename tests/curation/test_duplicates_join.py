@@ -69,6 +69,14 @@ def oracle(x: np.ndarray, threshold: float) -> np.ndarray:
 IDS = np.arange(1 << 16, dtype=np.uint64)
 
 
+@pytest.fixture(autouse=True)
+def _few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recall measured on a tenth of the queries: what these tests promise does not depend on how many."""
+    for name, count in (("CHOICE_QUERIES", 256), ("MEASURE_QUERIES", 256), ("QUERIES_WITH_COPIES", 256)):
+        monkeypatch.setattr(recalls, name, count)
+    monkeypatch.setattr(recalls, "MOST_QUERIES", 1024)
+
+
 def test_exact_join_is_the_forest_of_all_pairs_in_float64(tmp_path: Path) -> None:
     x = planted()
     result = self_join(members_of(tmp_path / "e", x), IDS, JoinOptions(0.45), Scratch(str(tmp_path / "s")))
