@@ -9,6 +9,7 @@ import itertools
 import logging
 import multiprocessing
 import shutil
+import signal
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -259,5 +260,8 @@ class _OneThread:
 def _start_worker(_: int) -> None:
     import cv2
 
+    # A signal to the whole process group is the training's to answer: it saves first, and then ends its workers.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
