@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from training.data.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION, finish, grey, jitter
+from training.data.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION, grey, jitter, solarise, to_planes
 from training.data.config import DataConfig
 
 FLIP, JITTER, GREY, SOLARISE = 0.5, 0.8, 0.2, 0.2
@@ -106,16 +106,20 @@ def draw_jitter(random: np.random.Generator) -> tuple[tuple[int, float], ...]:
 
 def render(pixels: np.ndarray, crop: Crop, out: np.ndarray) -> None:
     """Write a crop of pixels, (h, w, 3) uint8, into out, (3, size, size) uint8."""
-    image = resized(pixels, crop, out.shape[-1])
+    to_planes(resized(pixels, crop, out.shape[-1]), crop.flip, out)
+    planes = out.reshape(3, -1)
     if crop.jitter is not None:
-        jitter(image, np.array([o for o, _ in crop.jitter]), np.array([f for _, f in crop.jitter], np.float32))
+        jitter(planes, np.array([o for o, _ in crop.jitter]), np.array([f for _, f in crop.jitter], np.float32))
     if crop.grey:
-        grey(image)
+        grey(planes)
     if crop.blur is not None:
         import cv2
 
-        image = cv2.GaussianBlur(image, (BLUR_SIDE, BLUR_SIDE), crop.blur, borderType=cv2.BORDER_REFLECT_101)
-    finish(image, crop.flip, crop.solarise, out)
+        kernel = cv2.getGaussianKernel(BLUR_SIDE, crop.blur, cv2.CV_32F)
+        for plane in out:  # three times as fast as cv2.GaussianBlur, and as near to torchvision's
+            cv2.sepFilter2D(plane, -1, kernel, kernel, dst=plane, borderType=cv2.BORDER_REFLECT_101)
+    if crop.solarise:
+        solarise(planes)
 
 
 def resized(pixels: np.ndarray, crop: Crop, size: int) -> np.ndarray:
@@ -125,10 +129,10 @@ def resized(pixels: np.ndarray, crop: Crop, size: int) -> np.ndarray:
     inside = torch.from_numpy(pixels)[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
     if (crop.height, crop.width) == (size, size):
         return inside.numpy().copy()
-    planar = torch.ops.aten._upsample_bicubic2d_aa(
-        inside.permute(2, 0, 1).unsqueeze(0), [size, size], False, None, None
-    )
-    return planar[0].permute(1, 2, 0).contiguous().numpy()
+    # In channels-last order the kernel is half as long at it, and needs no turning of its result.
+    planes = inside.permute(2, 0, 1).unsqueeze(0).contiguous(memory_format=torch.channels_last)
+    small = torch.ops.aten._upsample_bicubic2d_aa(planes, [size, size], False, None, None)
+    return small[0].permute(1, 2, 0).contiguous().numpy()
 
 
 def augment(pixels: np.ndarray, config: DataConfig, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:

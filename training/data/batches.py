@@ -11,8 +11,10 @@ import multiprocessing
 import shutil
 import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from typing import Any
 
 import numpy as np
@@ -225,6 +227,7 @@ def _raw(maker: MicroBatches, config: DataConfig, first: int, device: torch.devi
     # A fork of the training's process would inherit the locks of its threads.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["training.data.batches"])
+    _start_fork_server()
     loader = DataLoader(
         maker,
         batch_size=None,
@@ -255,6 +258,17 @@ class _OneThread:
 
     def __exit__(self, *_: object) -> None:
         torch.set_num_threads(self._before)
+
+
+def _start_fork_server() -> None:
+    """With SIGTERM ignored, which it inherits: where a scheduler ends the whole process group, its death would count as
+    the workers'."""
+    if threading.current_thread() is threading.main_thread():
+        former = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.signal(signal.SIGTERM, former)
 
 
 def _start_worker(_: int) -> None:
