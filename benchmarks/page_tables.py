@@ -167,7 +167,7 @@ def join(results: Results) -> str:
 
 
 STEPS = {
-    "store_sketched": "read, store, sketch",
+    "store_piece": "read, store, sketch",
     "train_cells": "train cells",
     "search_queries": "measure recall",
     "assign_piece": "assign to cells",

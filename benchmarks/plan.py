@@ -92,7 +92,7 @@ def join(kind: str, made: data.Data) -> dict[str, Any]:
     steps["driver"] = total - sum(steps.values())
     scanned = scanning["scan"] + scanning["open"]
     seconds = {
-        "store": steps["store_sketched"],
+        "store": steps["store_piece"],
         "train": steps["train_cells"],
         "truth": steps["search_queries"],
         "assign": scores,

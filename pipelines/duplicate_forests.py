@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pipelines.stages.dedup import DedupConfig
 
 SEARCH = "dedup-search"
-SEARCH_REVISION = 2
+SEARCH_REVISION = 3
 LIBRARIES = ("faiss-cpu", "numpy")
 SWEEP = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 CELLS = "cells.bin"

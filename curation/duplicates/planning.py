@@ -10,15 +10,18 @@ from curation.duplicates import recall as recalls
 from curation.duplicates.cells import CELLS_PER_ROOT, TRAINING_PER_CELL, Cells, train
 from curation.duplicates.members import Members
 from curation.duplicates.scratch import Scratch
-from curation.duplicates.stored import Sampled, draw, rows_name, store_sketched
+from curation.duplicates.stored import Sampled, draw, rows_name, store_piece
 from curation.duplicates.tasks import JoinOptions, Spread
 from curation.duplicates.truth import Truth
 from curation.errors import UserError
+from curation.order import hash_keys
 
 MEETING = 2048
 """Sampled rows whose meetings tell what a rule costs; an eighth of them meet all."""
 PRODUCT_NANOSECONDS = 1 / 30
 """Of a multiply-add in float32 products of everything; what a plan is compared with."""
+MEASURED_ROWS = 100_000
+"""Old rows that new ones are compared with at least, where only those are joined, to measure recall."""
 COPIES_PER_IMAGE = 4096
 """More true pairs than so many per image are no copies: the vectors or the threshold are wrong."""
 
@@ -45,15 +48,17 @@ def find_plan(
     Read back from scratch where an interrupted join has done so. Raises UserError where nearly everything is above
     the threshold.
     """
+    measured, weight = _measured(members, options) if cells is not None else (set(range(len(members.pieces))), 1.0)
     calls = [
-        (rows_name(number), (scratch, rows_name(number), piece, members.dimension))
+        (rows_name(number), (scratch, rows_name(number), piece, members.dimension, number in measured))
         for number, piece in enumerate(members.pieces)
         if not scratch.has(rows_name(number))
     ]
-    for _ in spread(store_sketched, calls):
+    for _ in spread(store_piece, calls):
         pass
     if not scratch.has("plan"):
-        scratch.put("plan", _make_plan(members, ids, options, scratch, spread, cells))
+        search = Truth(members, options, scratch, spread, tuple(sorted(measured)), weight)
+        scratch.put("plan", _make_plan(members, ids, search, cells))
     numbers = np.array(scratch.get("plan", "numbers")).tolist()
     if not numbers:
         return None
@@ -63,26 +68,38 @@ def find_plan(
     )
 
 
-def _make_plan(
-    members: Members, ids: np.ndarray, options: JoinOptions, scratch: Scratch, spread: Spread, given: Cells | None
-) -> dict[str, np.ndarray]:
+def _measured(members: Members, options: JoinOptions) -> tuple[set[int], float]:
+    """(pieces that new rows are compared with to measure recall, how many old rows each old one there stands for).
+
+    To compare a few new rows with all old ones would cost more than to join them.
+    """
+    fresh = {number for number, piece in enumerate(members.pieces) if piece.fresh}
+    old = np.array([number for number in range(len(members.pieces)) if number not in fresh], np.uint64)
+    order = old[np.argsort(hash_keys(old, options.seed, f"{options.purpose} measured"), kind="stable")].tolist()
+    rows = np.cumsum([members.pieces[number].rows for number in order])
+    enough = int(np.searchsorted(rows, max(MEASURED_ROWS, 2 * members.fresh_rows))) + 1
+    taken = order[:enough]
+    return fresh | set(taken), float(rows[-1] / rows[len(taken) - 1]) if taken else 1.0
+
+
+def _make_plan(members: Members, ids: np.ndarray, search: Truth, given: Cells | None) -> dict[str, np.ndarray]:
+    options, scratch, spread = search.options, search.scratch, search.spread
     every = list(range(len(members.pieces)))
     fresh = [number for number in every if members.pieces[number].fresh]
     cells = given if given is not None else _train(members, ids, options, scratch, spread)
     asked = draw(
         scratch, ids, fresh, recalls.CHOICE_QUERIES + recalls.MOST_QUERIES, options.seed, f"{options.purpose} recall"
     )
-    search = Truth(members, options, scratch, spread, cells)
     # A few first: where nearly everything is a copy, not even a sample can be compared.
     chooses = min(recalls.CHOICE_QUERIES, len(asked.node) // 2) if given is None else min(128, len(asked.node) // 2)
-    choice = search.pairs(asked.part(0, min(128, chooses)))
+    choice = search.pairs(asked.part(0, min(128, chooses)), cells)
     _refuse_dense(choice, min(128, chooses), members, options)
-    choice = np.concatenate([choice, search.pairs(asked.part(min(128, chooses), chooses))])
+    choice = np.concatenate([choice, search.pairs(asked.part(min(128, chooses), chooses), cells)])
     with_copies = len(np.unique(choice["query"][choice["similarity"] > np.float32(options.target)])) / max(1, chooses)
     # Cells that were chosen before are only measured again: that costs more than joining a few new images.
     wanted = 0.0 if given is not None else recalls.QUERIES_WITH_COPIES / max(with_copies, 1e-3) * 1.05
     measures = min(max(recalls.MEASURE_QUERIES, math.ceil(wanted)), recalls.MOST_QUERIES, len(asked.node) - chooses)
-    measure = search.pairs(asked.part(chooses, chooses + measures))
+    measure = search.pairs(asked.part(chooses, chooses + measures), cells)
     sample = draw(scratch, ids, every, MEETING, options.seed, f"{options.purpose} background").vectors(scratch)
     few = len(sample) // 8
     background = recalls.Background.of(cells, sample[:few], sample[few:])

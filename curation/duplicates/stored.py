@@ -1,4 +1,4 @@
-"""Rows of a join in scratch: vectors raw, with sketches for measuring; equal vectors of a piece are one node.
+"""Rows of a join in scratch: vectors raw, sketches where recall is measured; equal vectors of a piece are one node.
 
 Functions whose first argument is a `Scratch` run in workers.
 """
@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 
 from curation import halves, sketch, vectors
@@ -21,33 +22,32 @@ def rows_name(piece: int) -> str:
     return f"rows/{piece:05d}"
 
 
-def store_sketched(scratch: Scratch, name: str, piece: Piece | Bundle, dimension: int, _: Any) -> None:
-    """Write one piece raw with its sketches; of equal vectors only the smallest node, and an edge to it."""
+def store_piece(scratch: Scratch, name: str, piece: Piece | Bundle, dimension: int, sketched: bool, _: Any) -> None:
+    """Write one piece raw; of equal vectors only the smallest node, and an edge to it. sketched: for `truth`."""
     nodes, stored = piece.read(dimension)
-    bits = sketch.sketches(stored)
-    stands_for, equal = distinct(nodes, stored, bits)
+    stands_for, equal = distinct(nodes, stored)
     kept = stands_for == np.arange(len(nodes))
     row_of = np.cumsum(kept)[stands_for] - 1
-    scratch.put(
-        name,
-        {
-            "nodes": nodes[kept],
-            "vectors": stored[kept],
-            "sketches": bits[kept],
-            "equal": equal,
-            "all_nodes": nodes,
-            "row_of": row_of.astype(np.uint32),
-            "copies": np.bincount(row_of, minlength=int(kept.sum())).astype(np.uint32),
-        },
-    )
+    arrays = {
+        "nodes": nodes[kept],
+        "vectors": stored[kept],
+        "equal": equal,
+        "all_nodes": nodes,
+        "row_of": row_of.astype(np.uint32),
+        "copies": np.bincount(row_of, minlength=int(kept.sum())).astype(np.uint32),
+    }
+    if sketched:
+        arrays["sketches"] = sketch.sketches(arrays["vectors"])
+    scratch.put(name, arrays)
 
 
-def distinct(nodes: np.ndarray, stored: np.ndarray, bits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def distinct(nodes: np.ndarray, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """((n,) the row that stands for each, of equal ones the smallest node; (m,) EDGE from it to each of the others).
 
-    nodes: (n,) uint32. stored: (n, d). bits: (n, w) uint64 sketches of them.
+    nodes: (n,) uint32. stored: (n, d).
     """
-    key = bits[:, 0] ^ (bits[:, 1] * np.uint64(0x9E3779B97F4A7C15))
+    words = np.ascontiguousarray(stored).view(f"u{stored.dtype.itemsize}")
+    key = _mixed(words, hash_keys(np.arange(words.shape[1], dtype=np.uint64), 0, "equal vectors") | np.uint64(1))
     order = np.lexsort((nodes, key))
     new = np.concatenate([[True], key[order][1:] != key[order][:-1]])
     start = np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
@@ -120,3 +120,15 @@ def runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
     """(first, end) of each run of equal values."""
     if len(values):
         yield from itertools.pairwise(np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1], [True]])))
+
+
+@numba.njit(cache=True, nogil=True)
+def _mixed(words: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    """(n,) uint64, equal for equal rows of words (n, d) and hardly ever for others."""
+    found = np.zeros(len(words), np.uint64)
+    for i in range(len(words)):
+        total = np.uint64(0)
+        for k in range(words.shape[1]):
+            total += np.uint64(words[i, k]) * factors[k]
+        found[i] = total ^ (total >> np.uint64(32))
+    return found

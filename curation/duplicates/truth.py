@@ -33,21 +33,30 @@ class Truth:
     options: JoinOptions
     scratch: Scratch
     spread: Spread
-    cells: Cells
+    pieces: tuple[int, ...]
+    """Those that are compared with."""
+    weight: float
+    """Pairs that one with an old row among them stands for."""
 
-    def pairs(self, asked: Sampled) -> np.ndarray:
+    def pairs(self, asked: Sampled, cells: Cells) -> np.ndarray:
         """(p,) SAMPLE_PAIR, ordered by query and node."""
         if not len(asked.node):
             return np.empty(0, recalls.SAMPLE_PAIR)
         vectors = asked.vectors(self.scratch)
-        shared = (asked, vectors, sketch.sketches(vectors), self.cells, self.members.half, self.options)
-        calls = [(rows_name(number), (self.scratch, number)) for number in range(len(self.members.pieces))]
+        shared = (asked, vectors, sketch.sketches(vectors), cells, self.members.half, self.options)
+        calls = [
+            (rows_name(number), (self.scratch, number, 1.0 if self.members.pieces[number].fresh else self.weight))
+            for number in self.pieces
+        ]
         results = sorted(self.spread(search_queries, calls, shared=shared), key=lambda item: item[0])
         return np.sort(np.concatenate([found for _, found in results]), order=["query", "node"])
 
 
-def search_queries(scratch: Scratch, piece: int, shared: Any) -> np.ndarray:
-    """The true pairs of the queries with one piece's rows, as (p,) SAMPLE_PAIR; a row counts for all its equals."""
+def search_queries(scratch: Scratch, piece: int, each: float, shared: Any) -> np.ndarray:
+    """The true pairs of the queries with one piece's rows, as (p,) SAMPLE_PAIR.
+
+    A row counts for all its equals, and those for `each`.
+    """
     sampled, asked, mine, cells, half, options = shared
     queries = sampled.node
     nodes, bits, stored, copies = (scratch.get(rows_name(piece), k) for k in ("nodes", "sketches", "vectors", "copies"))
@@ -67,7 +76,7 @@ def search_queries(scratch: Scratch, piece: int, shared: Any) -> np.ndarray:
             true = values > np.float32(options.threshold)
             pairs = np.zeros(int(true.sum()), recalls.SAMPLE_PAIR)
             pairs["query"], pairs["node"] = queries[one[true]], nodes[other_row[true]]
-            pairs["similarity"], pairs["weight"] = values[true], weight[part][true]
+            pairs["similarity"], pairs["weight"] = values[true], each * weight[part][true]
             parts.append(pairs)
             lefts.append(one[true])
             rights.append(other_row[true])
