@@ -26,6 +26,7 @@ machine.one_thread()
 import numpy as np
 
 from curation import neighbours, seed_search, storage, vectors
+from curation.halves import widen
 from curation.neighbours import Neighbours
 
 PART_ROWS = 65_536
@@ -87,14 +88,20 @@ def exact(folder: str, count: int, chosen: np.ndarray) -> tuple[Neighbours, dict
     faiss.omp_set_num_threads(1)
     seeds = seeds_of(folder)[chosen]
     wide = seeds.astype(np.float32)
-    found, seconds = Neighbours.none(len(seeds), count), 0.0
-    for ids, rows in pool_parts(folder):
-        part = rows.astype(np.float32)
+    found, seconds, reading = Neighbours.none(len(seeds), count), 0.0, 0.0
+    parts = pool_parts(folder)
+    while True:
+        begin = time.process_time()
+        ids, rows = next(parts, (None, None))
+        part = None if rows is None else widen(rows)
+        reading += time.process_time() - begin
+        if part is None:
+            break
         begin = time.process_time()
         faiss.knn(wide, part, count, metric=faiss.METRIC_INNER_PRODUCT)
         seconds += time.process_time() - begin
         found = found.merge(neighbours.nearest_neighbours(seeds, ids, rows, count))
-    return found, {"cpu_seconds": seconds}
+    return found, {"cpu_seconds": seconds, "reading": reading}
 
 
 def ours(folder: str, count: int, recall: float) -> tuple[Neighbours, dict[str, Any]]:
@@ -226,9 +233,10 @@ def run(folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
     methods: dict[str, Any] = {
         "exact": {
             "cpu_seconds": round(exact_seconds, 1),
+            "counted": "products and their best alone, not the reading of the pool",
             "extrapolated_from_seeds": len(chosen),
             "measured_cpu_seconds": round(cost["cpu_seconds"], 2),
-            "reading": "not counted",
+            "reading_cpu_seconds": round(cost["reading"], 2),
             "nanoseconds_per_pair": round(cost["cpu_seconds"] / len(chosen) / arguments.vectors * 1e9, 2),
         }
     }
@@ -238,6 +246,7 @@ def run(folder: str, arguments: argparse.Namespace) -> dict[str, Any]:
         return {
             "cpu_seconds": round(seconds, 2),
             "share_of_exact": round(seconds / exact_seconds, 4),
+            "share_of_exact_that_reads": round(seconds / (exact_seconds + cost["reading"]), 4),
             "recall": round(hits / there, 4),
             "peak_bytes": peak,
         }

@@ -41,6 +41,26 @@ def _widen(halves: np.ndarray, at: np.ndarray, bits: np.ndarray, values: np.ndar
             values[i, k] *= scale
 
 
+def stored_bits(rows: np.ndarray) -> np.ndarray:
+    """The bits of (n, d) float16 or float32 rows, as `widen_row` takes them."""
+    whole = np.ascontiguousarray(rows)
+    return whole.view(np.uint16 if whole.dtype == np.float16 else np.uint32)
+
+
+@numba.njit(cache=True, nogil=True)
+def widen_row(row: np.ndarray, bits: np.ndarray, values: np.ndarray) -> None:
+    """One row of `stored_bits` as float32. bits: (d,) uint32 to work in; values: the same memory as float32."""
+    if row.itemsize == 4:
+        for k in range(len(row)):
+            bits[k] = row[k]
+        return
+    for k in range(len(row)):
+        half = np.uint32(row[k])
+        bits[k] = ((half & np.uint32(0x8000)) << np.uint32(16)) | ((half & np.uint32(0x7FFF)) << np.uint32(13))
+    for k in range(len(row)):
+        values[k] *= np.float32(2.0**112)
+
+
 @numba.njit(cache=True, nogil=True)
 def _infinite(halves: np.ndarray) -> np.ndarray:
     found = np.zeros(len(halves), np.bool_)

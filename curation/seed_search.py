@@ -1,230 +1,74 @@
 """The nearest pool images of many seeds, at a recall that is asked for, in one pass over a pool of any size.
 
-Rows go to the nearest of some dozens of cells; a seed visits the cells that may hold a neighbour. In a visited cell the
-four-bit codes of `curation.quantised` pass on rows that may be among the seed's N nearest, and `similarity` by the
-definition decides. How far below the best cell a seed looks, and how far below its N-th neighbour a code may lie, are
-measured on a sample of seeds and rows. The pool is never shuffled: each stretch of it is coded, scanned and forgotten.
+The plan (`curation.seed_plan`, measured by `curation.seed_calibration`) says which cells a seed visits and which codes
+pass there; the definition of similarity decides. The pool is never shuffled: each stretch of it is coded, scanned and
+forgotten. A seed looks at its best cell first and never at rows below a floor that is known from a sample of the pool:
+a cut is as strong as the best found so far.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numba
 import numpy as np
 
 from curation import quantised
-from curation.halves import widen
+from curation.duplicates.recall import wilson
+from curation.halves import stored_bits, widen, widen_row
 from curation.nearest import one_thread
 from curation.neighbours import NO_ID, Neighbours
 from curation.order import generator
-from curation.quantised import Codebook, Tables, masks_of
-from curation.search import require_faiss
+from curation.quantised import Tables, masks_of, sum_of_products, trailing_zeros
+from curation.seed_plan import SearchPlan
 
-CELL_TRAINING = 64
-"""Rows per cell that k-means sees."""
-CELL_ITERATIONS = 8
-TUNING_SEEDS = 384
-SAMPLE_ROWS = 131_072
-CHUNK = 8192
-SCAN_ROWS = 2048
+CHUNK = 2048
+RESAMPLES = 1000
+SCAN_ROWS = 4096
 FIXED = 32_000
-"""Steps in 1 of the int16 that codes' nominees are compared by: a value is below 1.002, its product with it 2^30."""
-FEW_SEEDS, FEW_ROWS = 512, 65_536
-"""Below either everything is compared: codes and cells would cost more than they save."""
-EXACT_COST, CODE_COST, CODING_COST, CHECK_COST = 0.032, 0.014, 10.0, 0.12
-"""Nanoseconds on one core of 2021: a product per dimension; a coded product per piece; coding a row, and checking one
-against a seed, per dimension. Their ratios alone matter, and only for the choice between this search and the exact."""
+"""Steps in 1 of the int16 of a seed; a row has 127 steps in its largest value. So are the codes' nominees compared:
+half the bytes of float16 come from memory."""
+ROUNDING = 1.8
+"""Steps of a row that such a product may be off: six standard deviations of rounding, and the seed's own."""
 
 
 @dataclass(frozen=True)
-class SearchPlan:
-    """What all stretches of the pool are searched with."""
+class Stretch:
+    """Rows of the pool, coded; several blocks of seeds may look at it."""
 
-    cells: np.ndarray
-    """(c, d) float32 centroids."""
-    reach: np.ndarray
-    """(c,) float32: how far above its centroid's product the best of a cell is expected to be."""
-    codebook: Codebook
-    visit_margin: float
-    """A seed visits the cells whose expected best is at most so far below that of its best cell."""
-    slope: float
-    cut_margin: float
-    """A row whose coded product is at least slope * (the seed's N-th similarity) - cut_margin is compared."""
-    share: float
-    """Expected share of the (seed, row) pairs whose codes are looked at."""
-    passing: float
-    """Expected share of those that are compared."""
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        """All of it, to be kept."""
-        numbers = [self.visit_margin, self.slope, self.cut_margin, self.share, self.passing, self.codebook.dimension]
-        return {
-            "cells": self.cells,
-            "reach": self.reach,
-            "centroids": self.codebook.centroids,
-            "numbers": np.array(numbers),
-        }
+    ids: np.ndarray
+    bits: np.ndarray
+    """(n, d): see `stored_bits`."""
+    labels: np.ndarray
+    """(n,) int64 cell of each row."""
+    parts: list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
+    """(cell, (k,) int64 rows of it, their codes in blocks, (k, d) int8 and (k,) float32 steps of them)."""
 
     @classmethod
-    def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "SearchPlan":
-        *numbers, dimension = (float(x) for x in arrays["numbers"])
-        return cls(arrays["cells"], arrays["reach"], Codebook(arrays["centroids"], int(dimension)), *numbers)
-
-    def cost(self, seeds: int) -> float:
-        """Expected nanoseconds per row of the pool."""
-        pieces, dimension = self.codebook.pieces, self.codebook.dimension
-        per_pair = self.share * (CODE_COST * pieces + self.passing * CHECK_COST * dimension)
-        return seeds * per_pair + dimension * (EXACT_COST * len(self.cells) + CODING_COST)
-
-    def _expected_best(self, seeds: np.ndarray) -> np.ndarray:
-        """(m, c) float32: the product that the best row of each cell is expected to have with each seed."""
-        return np.asarray(seeds @ self.cells.T + self.reach, dtype=np.float32)
-
-    def visits(self, seeds: np.ndarray) -> np.ndarray:
-        """(m, c) bool, for (m, d) float32 seeds."""
-        expected = self._expected_best(seeds)
-        return np.asarray(expected >= expected.max(axis=1, keepdims=True) - np.float32(self.visit_margin))
-
-    def assign(self, rows: np.ndarray) -> np.ndarray:
-        """(n,) int64 nearest cell of (n, d) float32 rows."""
-        norms = 0.5 * np.einsum("cd,cd->c", self.cells, self.cells)
+    def of(cls, plan: SearchPlan, ids: np.ndarray, rows: np.ndarray) -> "Stretch":
+        """ids: (n,) uint64; rows: (n, d) as stored."""
+        small, steps = np.empty(rows.shape, np.int8), np.empty(len(rows), np.float32)
+        codes = np.empty((len(rows), plan.codebook.pieces // 2), np.uint8)
+        labels = np.empty(len(rows), np.int64)
+        # So few at a time stay in the processor's caches from one step to the next.
+        for chunk in (slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK)):
+            wide = widen(rows[chunk])
+            coded = plan.codebook.encode(wide)
+            labels[chunk] = plan.assign(coded)[: len(wide)]
+            codes[chunk] = quantised.by_row(coded)[: len(wide)]
+            _round_rows(wide, small[chunk], steps[chunk])
+        order = np.argsort(labels, kind="stable")
+        starts = np.searchsorted(labels[order], np.arange(len(plan.cells) + 1))
         parts = [
-            np.argmax(rows[start : start + CHUNK] @ self.cells.T - norms, axis=1)
-            for start in range(0, len(rows), CHUNK)
+            (cell, at, quantised.gathered(codes, at), small[at], steps[at])
+            for cell in range(len(plan.cells))
+            for at in _cut(order[starts[cell] : starts[cell + 1]])
         ]
-        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+        return cls(ids, stored_bits(rows), labels, parts)
 
 
-def is_small(seeds: int, rows: int) -> bool:
-    """Whether comparing everything costs least, by arithmetic on the sizes alone."""
-    return seeds < FEW_SEEDS or rows < FEW_ROWS
-
-
-def exact_cost(seeds: int, dimension: int) -> float:
-    """Nanoseconds per row of the pool when everything is compared."""
-    return seeds * dimension * EXACT_COST
-
-
-def calibrate(
-    sample: np.ndarray, tuning: np.ndarray, count: int, *, rows: int, seeds: int, recall: float, seed: int
-) -> SearchPlan:
-    """The plan that finds a share `recall` of the `count` nearest, as measured on `tuning`.
-
-    sample: (b, d) float32 rows drawn from the pool of `rows`; tuning: (t, d) float32 seeds of `seeds`.
-    """
-    with one_thread():
-        cells, reach, sizes, labels = _cells(sample, rows, seeds, seed)
-        codebook = quantised.train(sample, seed)
-        # The count-th of the pool lies among the first count * b / rows of the sample; its best is never easier.
-        rank = max(1, -(-count * len(sample) // rows))
-        nearest, similar = _exact(sample, tuning, min(rank, len(sample)))
-        plan = SearchPlan(cells, reach, codebook, 0.0, 0.0, 0.0, 1.0, 1.0)
-        expected = plan._expected_best(tuning)
-        missed = expected.max(axis=1, keepdims=True) - np.take_along_axis(expected, labels[nearest], axis=1)
-        # Two ways to lose a neighbour have a quarter each of what may be lost, the noise of the sample the rest.
-        allowed = (1 - recall) / 4
-        visit_margin = _upper(missed.ravel(), allowed)
-        tables = codebook.tables(tuning)
-        who = np.repeat(np.arange(len(tuning)), nearest.shape[1])
-        coded = _coded(codebook, tables, sample[nearest.ravel()], who)
-        lowest = similar[:, -1].astype(np.float64)[who]
-        slope = max(0.0, float((coded * lowest).sum() / max((lowest * lowest).sum(), 1e-12)))
-        cut_margin = _upper(slope * lowest - coded, allowed)
-        open_cells = expected >= expected.max(axis=1, keepdims=True) - np.float32(visit_margin)
-        share = float((open_cells @ sizes).mean() / max(1, sizes.sum()))
-        passing = _passing(codebook, tables, sample, labels, open_cells, slope * similar[:, -1] - cut_margin)
-    return SearchPlan(cells, reach, codebook, visit_margin, slope, cut_margin, share, passing)
-
-
-def _cells(
-    sample: np.ndarray, rows: int, seeds: int, seed: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """(cells, reach, rows of the sample in each, label of each row of the sample)."""
-    faiss = require_faiss()
-    # Assigning a row costs a product per cell; scanning it, a coded product per seed and visit.
-    count = int(np.clip(2 ** round(np.log2(max(1, seeds)) / 2), 16, 1024))
-    count = max(1, min(count, len(sample) // 16))
-    training = sample
-    if len(sample) > CELL_TRAINING * count:
-        training = sample[generator(seed, "cells").choice(len(sample), CELL_TRAINING * count, replace=False)]
-    found = faiss.Kmeans(
-        sample.shape[1],
-        count,
-        niter=CELL_ITERATIONS,
-        seed=1,
-        min_points_per_centroid=1,
-        max_points_per_centroid=CELL_TRAINING,
-    )
-    found.train(np.ascontiguousarray(training))
-    plan = SearchPlan(found.centroids, np.zeros(count, np.float32), Codebook(np.empty((0, 0, 16)), 0), 0, 0, 0, 1, 1)
-    labels = plan.assign(sample)
-    sizes = np.bincount(labels, minlength=count)
-    squares = np.bincount(labels, ((sample - found.centroids[labels]) ** 2).sum(axis=1), minlength=count)
-    deviation = np.sqrt(squares / np.maximum(sizes, 1) / sample.shape[1])
-    members = np.maximum(sizes * (rows / len(sample)), 2.0)
-    return found.centroids, (deviation * np.sqrt(2 * np.log(members))).astype(np.float32), sizes, labels
-
-
-def _exact(sample: np.ndarray, tuning: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    similar, nearest = require_faiss().knn(tuning, sample, count, metric=require_faiss().METRIC_INNER_PRODUCT)
-    return nearest, similar
-
-
-def _upper(values: np.ndarray, share: float) -> float:
-    """What at most `share` of the values exceed; never below zero."""
-    return max(0.0, float(np.quantile(values, 1 - share, method="higher")))
-
-
-def _coded(codebook: Codebook, tables: Tables, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """(n,) float64 products as the scan sees them, of row i with query queries[i]."""
-    found = quantised.pair_sums(codebook.encode(rows), tables.entries, queries)
-    return np.asarray(tables.base[queries] + tables.step[queries] * found)
-
-
-def _passing(
-    codebook: Codebook,
-    tables: Tables,
-    sample: np.ndarray,
-    labels: np.ndarray,
-    open_cells: np.ndarray,
-    cuts: np.ndarray,
-) -> float:
-    """The share of visited (seed, row) pairs whose codes pass, on a part of the sample."""
-    rows, seeds = min(len(sample), 2048), min(len(cuts), 32)
-    step = max(1, len(sample) // rows)
-    chosen = np.arange(0, rows * step, step)
-    codes = codebook.encode(sample[chosen])
-    found = quantised.sums(codes, tables.entries[:seeds])[:, : len(chosen)]
-    coded = tables.base[:seeds, None] + tables.step[:seeds, None] * found
-    visited = open_cells[:seeds][:, labels[chosen]]
-    return float(((coded >= cuts[:seeds, None]) & visited).sum() / max(1, visited.sum()))
-
-
-# ---- the search -----------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class ExactBlock:
-    """The nearest of a few seeds, exactly: every row is compared with every seed."""
-
-    seeds: np.ndarray
-    """(m, d) as stored."""
-    count: int
-    _wide: np.ndarray = field(init=False)
-    _best: Neighbours = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._wide = widen(self.seeds)
-        self._best = Neighbours.none(len(self.seeds), self.count)
-
-    def add(self, ids: np.ndarray, rows: np.ndarray) -> None:
-        """ids: (n,) uint64; rows: (n, d) float32, the stored values."""
-        margin = np.float32(4.0 * rows.shape[1] * 2.0**-24)
-        _take(self._wide @ rows.T, self._wide, rows, ids, margin, self._best.ids, self._best.similarity)
-
-    def neighbours(self) -> Neighbours:
-        """The best of all that was added."""
-        return self._best
+def _cut(rows: np.ndarray) -> Iterator[np.ndarray]:
+    for start in range(0, len(rows), SCAN_ROWS):
+        yield rows[start : start + SCAN_ROWS]
 
 
 @dataclass
@@ -235,90 +79,114 @@ class SeedBlock:
     seeds: np.ndarray
     """(m, d) as stored."""
     count: int
+    floors: np.ndarray | None = None
+    """(m,) float32: similarities that `count` images of the pool are known to reach. None: not known."""
     _wide: np.ndarray = field(init=False)
     _fixed: np.ndarray = field(init=False)
     _tables: Tables = field(init=False)
     _cuts: np.ndarray = field(init=False)
-    _visits: tuple[np.ndarray, np.ndarray] = field(init=False)
+    _visits: list[tuple[np.ndarray, np.ndarray]] = field(init=False)
     _best: Neighbours = field(init=False)
+    compared: int = field(init=False, default=0)
+    """Pairs that the codes passed."""
 
     def __post_init__(self) -> None:
         self._wide = widen(self.seeds)
-        self._fixed = _rounded(self._wide)
+        self._fixed = np.empty(self._wide.shape, np.int16)
+        _round(self._wide, self._fixed)
         with one_thread():
             self._tables = self.plan.codebook.tables(self._wide)
-            cell, seed = np.nonzero(self.plan.visits(self._wide).T)
-        self._visits = seed, np.searchsorted(cell, np.arange(len(self.plan.cells) + 1))
-        self._cuts = np.zeros(len(self.seeds), np.uint8)
+            visited, best = self.plan.visits(self._wide)
+        # The best cell first: what is found there spares much in the others.
+        first = np.zeros_like(visited)
+        first[np.arange(len(best)), best] = True
+        self._visits = [_by_cell(first), _by_cell(visited & ~first)]
+        if self.floors is None:
+            self.floors = np.full(len(self.seeds), -np.inf, np.float32)
+        self._cuts = np.array(
+            [_cut_at(*pair, self.plan.slope, self.plan.cut_margin) for pair in self._known()], np.uint8
+        ).reshape(-1)
         self._best = Neighbours.none(len(self.seeds), self.count)
 
-    def add(self, ids: np.ndarray, rows: np.ndarray, beside: ExactBlock | None = None) -> None:
-        """Look at the next stretch of the pool. ids: (n,) uint64; rows: (n, d) as stored; beside: sees it as well."""
-        labels = np.empty(len(rows), np.int64)
-        with one_thread():
-            for chunk in (slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK)):
-                wide = widen(rows[chunk])
-                labels[chunk] = self.plan.assign(wide)
-                if beside is not None:
-                    beside.add(ids[chunk], wide)
-        order = np.argsort(labels, kind="stable")
-        starts = np.searchsorted(labels[order], np.arange(len(self.plan.cells) + 1))
-        seeds, first = self._visits
+    def _known(self) -> Iterator[tuple[np.float32, np.float64, np.float64]]:
+        assert self.floors is not None
+        yield from zip(self.floors, self._tables.base, self._tables.step, strict=True)
+
+    def add(self, stretch: Stretch) -> None:
+        """Look at the next stretch of the pool."""
         shape = quantised.shape_of(self.plan.codebook.pieces)
-        # Rounding moves a vector by at most sqrt(d) / 2 of a step, and a product of two by twice that and a little.
-        margin = np.float32(1.1 * rows.shape[1] ** 0.5 / FIXED)
-        for cell in range(len(self.plan.cells)):
-            mine, visitors = order[starts[cell] : starts[cell + 1]], seeds[first[cell] : first[cell + 1]]
-            if not len(mine) or not len(visitors):
-                continue
-            for start in range(0, len(mine), SCAN_ROWS):
-                part = mine[start : start + SCAN_ROWS]
-                members = widen(rows, part)
-                _scan(
-                    shape,
-                    self.plan.codebook.encode(members),
-                    members,
-                    _rounded(members),
-                    ids[part],
-                    visitors,
-                    self._wide,
-                    self._fixed,
-                    self._tables.entries,
-                    self._tables.base,
-                    self._tables.step,
-                    self.plan.slope,
-                    self.plan.cut_margin,
-                    margin,
-                    self._cuts,
-                    self._best.ids,
-                    self._best.similarity,
-                )
+        for seeds, starts in self._visits:
+            for cell, at, codes, small, steps in stretch.parts:
+                visitors = seeds[starts[cell] : starts[cell + 1]]
+                if len(visitors):
+                    self.compared += _scan(
+                        shape,
+                        codes,
+                        at,
+                        small,
+                        steps,
+                        stretch.bits,
+                        stretch.ids,
+                        visitors,
+                        self._wide,
+                        self._fixed,
+                        self._tables.entries,
+                        self._tables.base,
+                        self._tables.step,
+                        self.plan.slope,
+                        self.plan.cut_margin,
+                        self.floors,
+                        self._cuts,
+                        self._best.ids,
+                        self._best.similarity,
+                    )
 
     def neighbours(self) -> Neighbours:
-        """The best of all that was added."""
+        """The best of all that was added, none below the floors."""
         return self._best
 
 
-def _rounded(rows: np.ndarray) -> np.ndarray:
-    """(n, d) int16, multiples of 1 / FIXED: products of unit vectors fit in 32 bits, and so do all partial sums."""
-    return np.asarray(_fixed(rows))
+def _by_cell(visits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(seeds in order of the cell they visit, (c + 1,) where each cell's begin)."""
+    cell, seed = np.nonzero(visits.T)
+    return seed, np.searchsorted(cell, np.arange(visits.shape[1] + 1))
 
 
 @numba.njit(cache=True, nogil=True)
-def _fixed(rows: np.ndarray) -> np.ndarray:
-    found = np.empty(rows.shape, np.int16)
+def _cut_at(lowest: float, base: float, step: float, slope: float, margin: float) -> int:
+    """The least sum of codes of a row that may reach a similarity."""
+    return int(min(255.0, max(0.0, np.floor((slope * lowest - margin - base) / step))))
+
+
+@numba.njit(cache=True, nogil=True)
+def _round_rows(rows: np.ndarray, small: np.ndarray, steps: np.ndarray) -> None:
+    """Rows as multiples of 1 / 127 of their largest value."""
+    for i in range(len(rows)):
+        largest = np.float32(1e-12)
+        for k in range(rows.shape[1]):
+            largest = max(largest, abs(rows[i, k]))
+        steps[i] = largest / np.float32(127)
+        scale = np.float32(127) / largest
+        for k in range(rows.shape[1]):
+            small[i, k] = np.int8(np.rint(rows[i, k] * scale))
+
+
+@numba.njit(cache=True, nogil=True)
+def _round(rows: np.ndarray, fixed: np.ndarray) -> None:
+    """Multiples of 1 / FIXED: products of unit vectors and all partial sums fit in 32 bits."""
     for i in range(len(rows)):
         for k in range(rows.shape[1]):
-            found[i, k] = np.int16(np.rint(rows[i, k] * np.float32(FIXED)))
-    return found
+            fixed[i, k] = np.int16(np.rint(rows[i, k] * np.float32(FIXED)))
 
 
 @numba.njit(cache=True, nogil=True)
 def _scan(  # type: ignore[no-untyped-def]
     shape,
     codes,
-    rows,
-    fixed_rows,
+    at,
+    small_rows,
+    steps,
+    bits,
     ids,
     visitors,
     seeds,
@@ -328,53 +196,49 @@ def _scan(  # type: ignore[no-untyped-def]
     step,
     slope,
     cut_margin,
-    margin,
+    floors,
     cuts,
     best_ids,
     best,
 ):
-    """The scan of one cell for the seeds that visit it."""
+    """The scan of one part of a cell for the seeds that visit it; how many pairs were compared."""
     masks = np.zeros(4, np.uint32)
     queries = np.zeros(4, np.int64)
+    passed, count = np.empty((4, len(codes) * 32), np.int32), np.zeros(4, np.int64)
+    compared = 0
+    row_bits = np.empty(bits.shape[1], np.uint32)
+    values = row_bits.view(np.float32)
     for start in range(0, len(visitors), 4):
         asking = min(4, len(visitors) - start)
         for i in range(4):
             queries[i] = visitors[start + min(i, asking - 1)]
+            count[i] = 0
+        # All codes before any row: rows would push the tables out of the nearest cache.
         for block in range(len(codes)):
             masks_of(shape, codes[block], entries, queries, cuts, masks)
             for i in range(asking):
                 found = masks[i]
-                row = block * 32
-                while found and row < len(rows):
-                    if found & 1:
-                        seed = queries[i]
-                        if _product(fixed_seeds, seed, fixed_rows, row) >= best[seed, -1] - margin and _insert(
-                            best_ids[seed], best[seed], ids[row], _definition(seeds[seed], rows[row])
-                        ):
-                            lowest = slope * best[seed, -1] - cut_margin
-                            cut = np.floor((lowest - base[seed]) / step[seed])
-                            cuts[seed] = np.uint8(min(255.0, max(0.0, cut)))
-                    found >>= np.uint32(1)
-                    row += 1
-
-
-@numba.njit(cache=True, nogil=True)
-def _product(seeds: np.ndarray, seed: int, rows: np.ndarray, row: int) -> np.float32:
-    """Of two vectors of `_fixed`: half the bytes of float32, and the processor adds pairs of products at once."""
-    total = np.int32(0)
-    for k in range(seeds.shape[1]):
-        total = np.int32(total + np.int32(seeds[seed, k]) * np.int32(rows[row, k]))
-    return np.float32(total) * np.float32(1.0 / (FIXED * FIXED))
-
-
-@numba.njit(cache=True, nogil=True)
-def _take(  # type: ignore[no-untyped-def]
-    products, seeds, rows, ids, margin, best_ids, best
-):
-    for seed in range(len(seeds)):
-        for row in range(len(rows)):
-            if products[seed, row] >= best[seed, -1] - margin:
-                _insert(best_ids[seed], best[seed], ids[row], _definition(seeds[seed], rows[row]))
+                while found:
+                    passed[i, count[i]] = block * 32 + trailing_zeros(found)
+                    count[i] += 1
+                    found &= found - np.uint32(1)
+        for i in range(asking):
+            seed = queries[i]
+            for place in range(count[i]):
+                row = passed[i, place]
+                if row >= len(at):
+                    break
+                compared += 1
+                lowest = max(best[seed, -1], floors[seed])
+                product = np.float32(sum_of_products(shape, fixed_seeds, seed, small_rows, row))
+                if (product * np.float32(1.0 / FIXED) + np.float32(ROUNDING)) * steps[row] < lowest:
+                    continue
+                widen_row(bits[at[row]], row_bits, values)
+                similar = _definition(seeds[seed], values)
+                if similar >= floors[seed] and _insert(best_ids[seed], best[seed], ids[at[row]], similar):
+                    lowest = max(best[seed, -1], floors[seed])
+                    cuts[seed] = np.uint8(_cut_at(lowest, base[seed], step[seed], slope, cut_margin))
+    return compared
 
 
 @numba.njit(cache=True, nogil=True, fastmath={"reassoc", "contract", "nsz"})
@@ -399,9 +263,36 @@ def _insert(ids: np.ndarray, best: np.ndarray, image: int, similar: np.float32) 
     return True
 
 
-def recall_of(found: Neighbours, exact: Neighbours) -> tuple[int, int]:
-    """(neighbours found, neighbours there are); one as similar as the last of them counts as one of them."""
+def hits_of(found: Neighbours, exact: Neighbours) -> tuple[np.ndarray, np.ndarray]:
+    """((m,) neighbours found, (m,) neighbours there are); one as similar as the last of them counts as one of them."""
     there = exact.ids != NO_ID
     lowest = np.where(there, exact.similarity, np.inf).min(axis=1, initial=np.inf)
     hits = ((found.similarity >= lowest[:, None]) & (found.ids != NO_ID)).sum(axis=1)
-    return int(np.minimum(hits, there.sum(axis=1)).sum()), int(there.sum())
+    return np.minimum(hits, there.sum(axis=1)), there.sum(axis=1)
+
+
+def recall_of(found: Neighbours, exact: Neighbours) -> tuple[int, int]:
+    """(neighbours found, neighbours there are) of all seeds."""
+    hits, there = hits_of(found, exact)
+    return int(hits.sum()), int(there.sum())
+
+
+def recall_with_interval(found: Neighbours, exact: Neighbours) -> dict[str, float]:
+    """Recall and its 95 % interval: a bootstrap over seeds, whose neighbours are found and missed together.
+
+    Where all were found it is Wilson's for so many neighbours.
+    """
+    hits, there = hits_of(found, exact)
+    share = float(hits.sum() / max(1, there.sum()))
+    if share in (0.0, 1.0):
+        low, high = wilson(share, max(1, int(there.sum())))
+    else:
+        drawn = generator(0, "recall of seeds").poisson(1.0, (RESAMPLES, len(hits)))
+        low, high = (float(x) for x in np.quantile((drawn @ hits) / np.maximum(drawn @ there, 1), [0.025, 0.975]))
+    return {
+        "measured": round(share, 5),
+        "low": round(low, 5),
+        "high": round(high, 5),
+        "seeds": len(hits),
+        "neighbours": int(there.sum()),
+    }

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from curation import nearest, seed_search
+from curation import nearest, seed_calibration, seed_plan
 from curation.clusters import SEEDING_POINTS
 from curation.duplicates.cells import CELLS_PER_ROOT, COMPONENTS, TRAINING_PER_CELL, TRAINING_ROUNDS
 from curation.quantised import pieces_of
@@ -17,6 +17,7 @@ from curation.seeding import CELL_POINTS
 from pipelines.hardware import KNOWN
 from pipelines.retrieve_cluster import TASK_ROWS as CLUSTER_ROWS
 from pipelines.retrieve_sample import BLOCK_ROWS as SEED_BLOCK
+from pipelines.retrieve_sample import HELD_OUT_NEIGHBOURS
 from pipelines.stages.mix import PART_ROWS as RANGE_ROWS
 
 
@@ -161,24 +162,22 @@ def retrieve(
     """Sample mode: cells and 4-bit codes, or everything where that is small. Cluster mode: seeds to leaf clusters."""
     n, d = float(rows), dimension
     terms = []
-    if near and seed_search.is_small(near, rows):
+    if near and seed_plan.is_small(near, rows):
         terms.append(Term("sample mode: all compared", f"{near:,} seeds x n x d", near * n * d, "product"))
     elif near:
-        # As `seed_search._cells` counts them.
-        cells = min(2 ** min(10, max(4, round(math.log2(near) / 2))), min(rows, seed_search.SAMPLE_ROWS) // 16)
         share = KNOWN["share_scanned"] if share is None else share
-        sample, held = min(rows, seed_search.SAMPLE_ROWS), min(256, max(64, near // 100))
-        tuning = float(min(seed_search.TUNING_SEEDS, near // 2)) * sample * d
+        sample, held = min(rows, seed_calibration.SAMPLE_ROWS), HELD_OUT_NEIGHBOURS // 4
+        cells, tuned = seed_calibration.cells_for(near, sample), min(seed_calibration.TUNING_SEEDS, near // 2)
         pieces, passes = pieces_of(dimension), -(-near // SEED_BLOCK)
         terms += [
-            Term("sample mode: calibrated", f"{seed_search.TUNING_SEEDS} seeds x {sample:,} rows x d", tuning, "tune"),
+            Term("sample mode: calibrated", f"{tuned} seeds x {sample:,} rows x d", float(tuned) * sample * d, "tune"),
             Term("sample mode: first neighbours", f"{near:,} seeds x d", float(near) * d, "warm"),
             Term("sample mode: rows coded", f"n d x {passes:,} blocks of seeds", n * d * passes, "code"),
             Term(
                 "sample mode: rows to cells",
-                f"n x {cells:,} cells x d x {passes:,} blocks",
-                n * cells * d * passes,
-                "product",
+                f"n x {cells:,} cells x {pieces} pieces x {passes:,} blocks",
+                n * cells * pieces * passes,
+                "scan_code",
             ),
             Term(
                 "sample mode: codes scanned, the near ones compared",
@@ -186,7 +185,7 @@ def retrieve(
                 n * near * share * pieces,
                 "scan_code",
             ),
-            Term("sample mode: recall measured", f"n x {held} seeds x d", n * held * d, "product"),
+            Term("sample mode: recall measured", f"n x {held} seeds x {pieces} pieces", n * held * pieces, "scan_code"),
         ]
     if by_cluster:
         compared = searched(leaf)

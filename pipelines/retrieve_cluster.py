@@ -1,7 +1,8 @@
 """Retrieval by cluster: images in hash order from every cluster that holds enough seeds of a set.
 
 Three passes, each over columns or parts read once: sizes of the clusters, the members that come first, and the nearest
-seed of each. The driver holds at most `cap` images and one per chosen cluster for every seed set.
+seed of each. The last is made for one batch of clusters after the other, whose seeds fit into a quarter of a worker's
+memory. The driver holds at most `cap` images and one per chosen cluster for every seed set, and the seeds of a batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -40,8 +41,8 @@ class Members:
 
     ids: np.ndarray
     leaves: np.ndarray
-    seeds: np.ndarray
     seed_ids: np.ndarray
+    seeds: np.ndarray
     seed_leaves: np.ndarray
 
 
@@ -66,15 +67,38 @@ def clustered(context: Context, generation: Generation, inputs: Inputs) -> dict[
         leaves, keys, ids, rank = mine.result()
         kept = retrieval.round_robin(rank, keys, s.cap)
         kept = kept[np.argsort(ids[kept])]
-        seed_ids, seed_vectors, labels = _seeds_in(s, seed_leaves[s.name], chosen[s.name][0], inputs.opened.dimension)
-        found_members[s.name] = Members(ids[kept], leaves[kept], seed_vectors, seed_ids, labels)
+        found_members[s.name] = ids[kept], leaves[kept]
         ranks[s.name] = rank[kept]
-    nearest = _nearest_seeds(context, generation, inputs, found_members)
+    nearest = {
+        s.name: (np.full(len(ids), NO_ID, np.uint64), np.zeros(len(ids), np.float32))
+        for s, (ids, _) in zip(sets, found_members.values(), strict=True)
+    }
+    per_leaf = np.zeros(len(centroids), np.int64)
+    for s in sets:
+        clusters, seeds = chosen[s.name]
+        per_leaf[clusters] += seeds
+    room = context.resources.memory_bytes // (4 * 4 * inputs.opened.dimension)
+    for first, stop in leaf_batches(per_leaf, room):
+        places = {
+            s.name: np.flatnonzero((found_members[s.name][1] >= first) & (found_members[s.name][1] < stop))
+            for s in sets
+        }
+        batch = {}
+        for s in sets:
+            clusters = chosen[s.name][0]
+            those = clusters[(clusters >= first) & (clusters < stop)]
+            held = _seeds_in(s, seed_leaves[s.name], those, inputs.opened.dimension)
+            member_ids, member_leaves = (column[places[s.name]] for column in found_members[s.name])
+            batch[s.name] = Members(member_ids, member_leaves, *held)
+        found = _nearest_seeds(context, generation, inputs, batch, f"cluster-{first}-{stop}")
+        for s in sets:
+            nearest[s.name][0][places[s.name]] = found[s.name][0]
+            nearest[s.name][1][places[s.name]] = found[s.name][1]
     result = {}
     for s in sets:
-        members = found_members[s.name]
+        member_ids, member_leaves = found_members[s.name]
         seed_id, similarity = nearest[s.name]
-        draws = Draws(members.ids, seed_id, ranks[s.name].astype(np.int32), similarity)
+        draws = Draws(member_ids, seed_id, ranks[s.name].astype(np.int32), similarity)
         clusters, seeds = chosen[s.name]
         counts = {
             "clusters": len(clusters),
@@ -82,13 +106,24 @@ def clustered(context: Context, generation: Generation, inputs: Inputs) -> dict[
             "before_cap": before_cap[s.name],
             **retrieval.collisions(draws),
         }
-        per_cluster = np.bincount(members.leaves, minlength=len(centroids))
+        per_cluster = np.bincount(member_leaves, minlength=len(centroids))
         listed = [
             {"cluster": int(c), "seeds": int(n), "images": int(per_cluster[c])}
             for c, n in zip(clusters, seeds, strict=True)
         ]
-        result[s.name] = Retrieved(draws, members.leaves, counts, listed)
+        result[s.name] = Retrieved(draws, member_leaves, counts, listed)
     return result
+
+
+def leaf_batches(seeds: np.ndarray, most: int) -> list[tuple[int, int]]:
+    """Ranges of leaves that hold at most so many seeds together, or one leaf with seeds. seeds: (k,) of each leaf."""
+    batches, first, held = [], 0, 0
+    for leaf in np.flatnonzero(seeds).tolist():
+        if held and held + seeds[leaf] > most:
+            batches.append((first, leaf))
+            first, held = leaf, 0
+        held += int(seeds[leaf])
+    return [*batches, (first, len(seeds))]
 
 
 def _seed_leaves(context: Context, sets: Sequence[SeedSet], centroids: np.ndarray) -> dict[str, np.ndarray]:
@@ -153,7 +188,7 @@ def _seeds_in(
 
 
 def _nearest_seeds(
-    context: Context, generation: Generation, inputs: Inputs, members: Mapping[str, Members]
+    context: Context, generation: Generation, inputs: Inputs, members: Mapping[str, Members], prefix: str
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """(seed_id, similarity) of every member of every set, in a pass over the pool's vectors."""
     names = list(members)
@@ -161,7 +196,7 @@ def _nearest_seeds(
         name: (np.full(len(m.ids), NO_ID, np.uint64), np.zeros(len(m.ids), np.float32)) for name, m in members.items()
     }
     groups = stretches(inputs.pool, TASK_ROWS)
-    calls = [(f"cluster-{i:06d}", (group, inputs.opened.dimension)) for i, group in enumerate(groups)]
+    calls = [(f"{prefix}-{i:06d}", (group, inputs.opened.dimension)) for i, group in enumerate(groups)]
     retrieve_kept.spread(context, generation, nearest_in_pieces, calls, shared=[members[name] for name in names])
     for call, _ in calls:
         arrays = retrieve_kept.load(retrieve_kept.path_of(generation, call))

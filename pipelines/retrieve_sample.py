@@ -1,6 +1,7 @@
 """Retrieval by sample: the N nearest pool images of every seed, all seed sets in one pass over the pool.
 
-A task searches a range of the pool for a block of seeds and keeps what it found (pipelines/retrieve_kept.py); another
+One task calibrates the search on a sample; one per block of seeds finds there how near its neighbours are at least. A
+task searches a range of the pool for a block of seeds and keeps what it found (pipelines/retrieve_kept.py); another
 brings the ranges of a block together. The driver holds N neighbours per seed and nothing per pool image.
 """
 
@@ -10,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from curation import neighbours, order, retrieval, seed_search, vectors
+from curation import neighbours, order, retrieval, seed_calibration, seed_plan, seed_search, vectors
 from curation.errors import UserError
 from curation.halves import widen
 from curation.neighbours import Neighbours
-from curation.seed_search import ExactBlock, SearchPlan, SeedBlock
+from curation.seed_plan import SearchPlan
+from curation.seed_search import SeedBlock, Stretch
 from pipelines import retrieve_kept
 from pipelines.context import Context
 from pipelines.retrieve_inputs import (
@@ -40,8 +42,10 @@ SAMPLE_PLACES = 64
 """Places in the pool whose first rows are the sample that a search is calibrated on."""
 NEXT_BEST_DEPTHS = (8, 32, 128)
 """Policy next_best looks at so many times `neighbours` images per seed: further, when some find too few."""
-HELD_OUT = (64, 256)
-"""Seeds searched exactly as well, to report the recall: a hundredth of them, within these bounds."""
+FLOOR_ROWS = 32_768
+"""Rows of the sample in which every seed looks for neighbours first: what it finds there bounds what it looks for."""
+HELD_OUT_NEIGHBOURS, LEAST_HELD_OUT = 2048, 64
+"""What the recall is measured on: neighbours of seeds that did not calibrate, at least so many of these."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,9 @@ class Search:
     plan: SearchPlan | None
     """None: everything is compared."""
     held_out: np.ndarray
-    """(h, d) seeds whose neighbours are found exactly as well."""
+    """(h, d) seeds whose neighbours are surely found as well."""
+    floors: np.ndarray
+    """(h,) float32 of these."""
 
 
 def sampled(
@@ -95,10 +101,12 @@ def _nearest(
     ranges = [slabs[first : first + per_range] for first in range(0, len(slabs), per_range)]
     blocks = stretches([part for s in sets for part in s.parts], block_rows)
     prefix = f"sample-{depth}"
-    search, report = _search(context, generation, config, inputs, blocks, (prefix, seeds, count))
+    search, floors, report = _search(context, generation, config, inputs, blocks, (prefix, seeds, count))
     names = [[f"{prefix}-{r:05d}-{b:05d}" for r in range(len(ranges))] for b in range(len(blocks))]
     calls = [
-        (names[b][r], (part, block, count, b == 0)) for r, part in enumerate(ranges) for b, block in enumerate(blocks)
+        (names[b][r], (part, block, floors[b], count, b == 0))
+        for r, part in enumerate(ranges)
+        for b, block in enumerate(blocks)
     ]
     retrieve_kept.spread(context, generation, search_range, calls, shared=search)
     merges = (
@@ -123,26 +131,38 @@ def _search(
     inputs: Inputs,
     blocks: Sequence[Sequence[Piece]],
     asked: tuple[str, int, int],
-) -> tuple[Search, dict[str, Any]]:
-    """How this pass searches: by cells and codes, calibrated on a sample, where that costs less than comparing all."""
+) -> tuple[Search, list[str], dict[str, Any]]:
+    """How this pass searches, and where the floors of each block lie ("" without).
+
+    By cells and codes, calibrated on a sample, where that costs less than comparing all.
+    """
     prefix, seeds, count = asked
     dimension, rows = inputs.opened.dimension, inputs.opened.rows
-    exact = Search(dimension, None, np.empty((0, dimension), np.float16))
-    if config.recall == 1 or seed_search.is_small(seeds, rows):
-        return exact, {"search": "exact"}
+    nothing = np.empty((0, dimension), np.float16), np.empty(0, np.float32)
+    exact = Search(dimension, None, *nothing), [""] * len(blocks), {"search": "exact"}
+    if config.recall == 1 or seed_plan.is_small(seeds, rows):
+        return exact
     keys = order.take_hashed(np.arange(seeds, dtype=np.uint64), seeds, context.seed, "retrieve sample")
-    tuning = min(seed_search.TUNING_SEEDS, seeds // 2)
-    held = min(max(HELD_OUT[0], min(HELD_OUT[1], seeds // 100)), seeds - tuning)
+    tuning = min(seed_calibration.TUNING_SEEDS, seeds // 2)
+    held = min(max(LEAST_HELD_OUT, -(-HELD_OUT_NEIGHBOURS // count)), seeds - tuning)
     tuned_on, held_out = np.sort(keys[:tuning]), np.sort(keys[tuning : tuning + held])
-    sample = _spread_over(stretches(inputs.pool, seed_search.SAMPLE_ROWS // SAMPLE_PLACES), SAMPLE_PLACES)
+    sample = _spread_over(stretches(inputs.pool, seed_calibration.SAMPLE_ROWS // SAMPLE_PLACES), SAMPLE_PLACES)
     options = {"rows": rows, "seeds": seeds, "recall": config.recall, "seed": context.seed}
     name = f"{prefix}-plan"
     call = (name, (sample, blocks, tuned_on, held_out, count, dimension, options))
     retrieve_kept.spread(context, generation, make_plan, [call])
     arrays = retrieve_kept.load(retrieve_kept.path_of(generation, name))
     plan = SearchPlan.from_arrays(arrays)
-    if plan.cost(seeds) >= seed_search.exact_cost(seeds, dimension):
-        return exact, {"search": "exact"}
+    if plan.cost(seeds) >= seed_plan.exact_cost(seeds, dimension):
+        return exact
+    names = [f"{prefix}-floors-{b:05d}" for b in range(len(blocks))]
+    calls = [
+        (one, (retrieve_kept.path_of(generation, name), block, count, dimension))
+        for one, block in zip(names, blocks, strict=True)
+    ]
+    retrieve_kept.spread(context, generation, find_floors, calls)
+    paths = [retrieve_kept.path_of(generation, one) for one in names]
+    floors = np.concatenate([retrieve_kept.load(path)["floors"] for path in paths])
     report = {
         "search": "cells and codes",
         "recall_asked": config.recall,
@@ -150,7 +170,7 @@ def _search(
         "share_scanned": round(plan.share, 4),
         "places": held_out,
     }
-    return Search(dimension, plan, arrays["held_out"]), report
+    return Search(dimension, plan, arrays["held_out"], floors[held_out]), paths, report
 
 
 def _spread_over(found: Sequence[Sequence[Piece]], count: int) -> list[Sequence[Piece]]:
@@ -168,13 +188,13 @@ def make_plan(
     options: dict[str, Any],
     _: None,
 ) -> dict[str, np.ndarray]:
-    """The plan as arrays, and the seeds that are held out, (h, d) as stored."""
-    each = max(1, seed_search.SAMPLE_ROWS // len(sample))
+    """The plan as arrays, the seeds that are held out, (h, d), and rows of the pool to find floors in, as stored."""
+    each = max(1, seed_calibration.SAMPLE_ROWS // len(sample))
     # Row groups may be far larger than what is wanted of them: their first rows are read.
     shares = (
         (piece, max(1, each * piece.rows // sum(p.rows for p in pieces))) for pieces in sample for piece in pieces
     )
-    rows = np.concatenate([widen(piece.read(dimension, min(piece.rows, share))[1]) for piece, share in shares])
+    rows = np.concatenate([piece.read(dimension, min(piece.rows, share))[1] for piece, share in shares])
     chosen: dict[str, list[np.ndarray]] = {"tuned": [], "held": []}
     first = 0
     for block in blocks:
@@ -187,14 +207,24 @@ def make_plan(
                     chosen[key].append(seeds[mine])
             first += piece.rows
     tuning = widen(np.concatenate(chosen["tuned"]))
-    plan = seed_search.calibrate(rows, tuning, count, **options)
-    return {**plan.arrays(), "held_out": np.concatenate(chosen["held"])}
+    plan = seed_calibration.calibrate(widen(rows), tuning, count, **options)
+    step = -(-len(rows) // FLOOR_ROWS)
+    return {**plan.arrays(), "held_out": np.concatenate(chosen["held"]), "sample": rows[::step]}
+
+
+def find_floors(plan_path: str, block: Sequence[Piece], count: int, dimension: int, _: None) -> dict[str, np.ndarray]:
+    """(m,) float32: what the count-th neighbour of each seed of a block is at least as similar as."""
+    arrays = retrieve_kept.load(plan_path)
+    plan, sample = SearchPlan.from_arrays(arrays), arrays["sample"]
+    best = SeedBlock(plan, read_stretch(block, dimension)[1], count)
+    best.add(Stretch.of(plan, np.arange(len(sample), dtype=np.uint64), sample))
+    return {"floors": best.neighbours().similarity[:, -1].copy()}
 
 
 def search_range(
-    slabs: Sequence[Sequence[Piece]], block: Sequence[Piece], count: int, measure: bool, search: Search
+    slabs: Sequence[Sequence[Piece]], block: Sequence[Piece], floors: str, count: int, measure: bool, search: Search
 ) -> dict[str, np.ndarray]:
-    """The nearest of a range of the pool for a block of seeds; measure: for the held-out seeds too, exactly."""
+    """The nearest of a range of the pool for a block of seeds; measure: for the held-out seeds too, surely."""
     _, seeds = read_stretch(block, search.dimension)
     if search.plan is None:
         found = Neighbours.none(len(seeds), count)
@@ -202,10 +232,14 @@ def search_range(
             ids, rows = read_stretch(slab, search.dimension)
             found = found.merge(neighbours.nearest_neighbours(seeds, ids, rows, count))
         return {"ids": found.ids, "similarity": found.similarity}
-    best = SeedBlock(search.plan, seeds, count)
-    held_out = ExactBlock(search.held_out if measure else search.held_out[:0], count)
+    plan, held = search.plan, len(search.held_out) if measure else 0
+    best = SeedBlock(plan, seeds, count, retrieve_kept.load(floors)["floors"])
+    held_out = SeedBlock(plan.surely(), search.held_out[:held], count, search.floors[:held])
     for slab in slabs:
-        best.add(*read_stretch(slab, search.dimension), held_out)
+        stretch = Stretch.of(plan, *read_stretch(slab, search.dimension))
+        best.add(stretch)
+        if held:
+            held_out.add(stretch)
     found, exact = best.neighbours(), held_out.neighbours()
     return {
         "ids": found.ids,
@@ -234,8 +268,7 @@ def _recall(
     context: Context, generation: Generation, names: Sequence[str], found: Neighbours, places: np.ndarray
 ) -> dict[str, Any]:
     exact = _merged([retrieve_kept.path_of(generation, name) for name in names], "exact_")
-    hits, there = seed_search.recall_of(Neighbours(found.ids[places], found.similarity[places]), exact)
-    return {"measured": round(hits / max(1, there), 5), "seeds": len(places), "neighbours": there}
+    return seed_search.recall_with_interval(Neighbours(found.ids[places], found.similarity[places]), exact)
 
 
 def _drawn(config: RetrieveConfig, seed_set: SeedSet, found: Neighbours) -> Retrieved:
@@ -251,7 +284,7 @@ def _drawn(config: RetrieveConfig, seed_set: SeedSet, found: Neighbours) -> Retr
 
 
 def _refuse_too_little_memory(context: Context, slab: int, block: int, dimension: int, count: int) -> None:
-    needed = slab * dimension * 12 + block * (dimension * 8 + 64 * count) + (1 << 25)
+    needed = slab * dimension * 10 + block * (dimension * 16 + 64 * count) + (1 << 25)
     if needed > context.resources.memory_bytes:
         raise UserError(
             f"memory_per_worker: {context.resources.memory_per_worker} is too little to search vectors of "

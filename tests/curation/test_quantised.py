@@ -57,3 +57,34 @@ def test_coded_products_follow_the_true_ones() -> None:
     assert np.corrcoef(coded.ravel(), (queries @ rows.T).ravel())[0, 1] > 0.75
     again = quantised.pair_sums(book.encode(rows[:8]), tables.entries, np.arange(8))
     assert again.tolist() == [int(quantised.sums(book.encode(rows[:8]), tables.entries)[i, i]) for i in range(8)]
+
+
+@pytest.mark.parametrize("shape", [None, quantised.shape_of(64)])
+def test_the_highest_query_is_that_of_the_sums(shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, queries = unit(100, 128, 2), unit(9, 128, 3)
+    book = quantised.train(unit(400, 128, 1), 0)
+    codes, tables = book.encode(rows), book.tables(queries)
+    offsets = np.linspace(0, 0.1, 9).astype(np.float32)
+    monkeypatch.setattr(quantised, "shape_of", lambda _: shape)
+    coded = tables.base[:, None] + tables.step[:, None] * quantised.sums(codes, tables.entries) + offsets[:, None]
+    assert quantised.highest(codes, tables, offsets).tolist() == coded.argmax(axis=0).tolist()
+
+
+@pytest.mark.parametrize("dimension", [24, 64, 130, 512])
+def test_products_of_integers_are_exact_with_registers_and_without(dimension: int) -> None:
+    random = np.random.default_rng(dimension)
+    left = random.integers(-2000, 2000, (3, dimension), dtype=np.int16)
+    right = random.integers(-127, 128, (4, dimension), dtype=np.int8)
+    expected = left.astype(int) @ right.astype(int).T
+    for shape in {None, quantised.shape_of(64)}:
+        found = [[quantised.sum_of_products(shape, left, i, right, j) for j in range(4)] for i in range(3)]
+        assert np.array_equal(found, expected)
+
+
+def test_codes_are_the_same_by_row_and_gathered_in_any_order() -> None:
+    rows = unit(70, 64, 0)
+    book = quantised.train(unit(200, 64, 1), 0)
+    order = np.random.default_rng(0).permutation(70)
+    assert np.array_equal(
+        quantised.gathered(quantised.by_row(book.encode(rows)), order)[:2], book.encode(rows[order])[:2]
+    )

@@ -8,12 +8,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from curation import seed_search
+from curation import seed_plan
 from curation.errors import UserError
 from curation.order import FirstPerGroup
 from curation.vectors import embeddings_table
 from pipelines import cluster as ray_cluster
-from pipelines import retrieve_sample
+from pipelines import retrieve_cluster, retrieve_sample
 from pipelines.context import Context, Resources
 from pipelines.run_directory import RunDirectory
 from pipelines.stages import cluster, retrieve
@@ -55,9 +55,9 @@ def config(**options: Any) -> RetrieveConfig:
 @pytest.fixture
 def searched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pools are searched as large ones are, in several tasks."""
-    monkeypatch.setattr(seed_search, "FEW_SEEDS", 1)
-    monkeypatch.setattr(seed_search, "FEW_ROWS", 1)
-    monkeypatch.setattr(seed_search, "exact_cost", lambda *_: np.inf)
+    monkeypatch.setattr(seed_plan, "FEW_SEEDS", 1)
+    monkeypatch.setattr(seed_plan, "FEW_ROWS", 1)
+    monkeypatch.setattr(seed_plan, "exact_cost", lambda *_: np.inf)
     monkeypatch.setattr(retrieve_sample, "SLAB_VALUES", 1024 * DIMENSION)
     monkeypatch.setattr(retrieve_sample, "TASK_ROWS", 1024)
 
@@ -82,7 +82,8 @@ def test_two_seed_sets_in_one_pass_find_the_share_asked_for_and_say_so(
     assert retrieve.execute(exact, config(recall=1), **given).summary["search"] == {"search": "exact"}
     found = outcome.summary["search"]
     assert found["search"] == "cells and codes"
-    assert found["recall"]["seeds"] == 64
+    assert found["recall"]["neighbours"] == 4 * found["recall"]["seeds"]
+    assert found["recall"]["low"] <= found["recall"]["measured"] <= found["recall"]["high"]
     truth = pairs(exact)
     assert len(truth) == 600 * 4
     share = len(pairs(fast) & truth) / len(truth)
@@ -199,3 +200,34 @@ def test_cluster_mode_holds_no_more_than_the_cap_and_draws_the_same(
     assert all(said["rows"] == 40 for said in outcome.summary["seed_sets"].values())
     assert max(held) < 40 + 15
     assert all(said["before_cap"] > 40 for said in outcome.summary["seed_sets"].values())
+
+
+def test_seeds_of_clusters_go_out_in_batches_that_fit_and_draw_the_same(
+    tmp_path: Path, no_ray: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = inputs(tmp_path)
+    clusters = str(tmp_path / "clusters")
+    config_of = ClusterConfig(levels=[15])  # type: ignore[call-arg]
+    cluster.execute(plain_context(tmp_path / "clusters"), config_of, embeddings=given["embeddings"])
+    options = RetrieveConfig(mode="cluster", cap=400)  # type: ignore[call-arg]
+    whole, parts = plain_context(tmp_path / "whole"), plain_context(tmp_path / "parts")
+    retrieve.execute(whole, options, **given, clusters=clusters)
+    sent: list[int] = []
+    original = retrieve_cluster._nearest_seeds
+
+    def counting(context: Any, generation: Any, given_inputs: Any, members: Any, prefix: str) -> Any:
+        sent.append(sum(len(one.seeds) for one in members.values()))
+        return original(context, generation, given_inputs, members, prefix)
+
+    split = retrieve_cluster.leaf_batches
+    monkeypatch.setattr(retrieve_cluster, "_nearest_seeds", counting)
+    monkeypatch.setattr(retrieve_cluster, "leaf_batches", lambda seeds, _: split(seeds, 150))
+    retrieve.execute(parts, options, **given, clusters=clusters)
+    assert len(sent) > 3 and max(sent) <= 150
+    assert contents(str(tmp_path / "whole")) == contents(str(tmp_path / "parts"))
+
+
+def test_batches_of_leaves_hold_what_fits_or_one_leaf() -> None:
+    seeds = np.array([0, 5, 5, 0, 30, 1, 1, 0])
+    batches = retrieve_cluster.leaf_batches(seeds, 10)
+    assert batches == [(0, 4), (4, 5), (5, 8)]
