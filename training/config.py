@@ -196,6 +196,10 @@ class TrainConfig(BaseModel, extra="forbid"):
     @model_validator(mode="after")
     def _fits(self) -> TrainConfig:
         patch = self.model.patch_size
+        if "://" in self.output:
+            raise ValueError(
+                f"output {self.output} is not a folder; checkpoints need a file system that all machines see"
+            )
         for name in ("global_size", "local_size"):
             if getattr(self.data, name) % patch:
                 raise ValueError(f"data.{name} {getattr(self.data, name)} is not a multiple of patch_size {patch}")

@@ -165,6 +165,7 @@ def test_a_stage_is_the_configuration_with_its_changes() -> None:
         ({"steps": 1}, "warmup_steps 1 is not below steps 1"),
         ({"model": {"heads": 3}}, "width 16 is not a multiple of heads 3"),
         ({"stages": [{"name": "a"}, {"name": "a"}]}, "stands twice"),
+        ({"output": "s3://bucket/run"}, "output s3://bucket/run is not a folder"),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused(changes: dict[str, object], message: str) -> None:
