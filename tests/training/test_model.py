@@ -90,8 +90,7 @@ def from_hugging_face(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]
     return found
 
 
-@pytest.mark.parametrize("registers", [0, 4])
-@pytest.mark.parametrize("feed_forward", ["mlp", "swiglu"])
+@pytest.mark.parametrize(("registers", "feed_forward"), [(0, "mlp"), (4, "swiglu")])
 @pytest.mark.parametrize("size", [(70, 70), (98, 56)])
 def test_tokens_agree_with_hugging_face(registers: int, feed_forward: str, size: tuple[int, int]) -> None:
     import transformers
