@@ -238,7 +238,16 @@ def _raw(maker: MicroBatches, config: DataConfig, first: int, device: torch.devi
         pin_memory=device.type == "cuda",
         multiprocessing_context=context,
     )
-    yield from loader
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "exited unexpectedly" not in str(error):
+            raise
+        raise UserError(
+            "a worker of the data loader was killed, most likely for want of memory; use fewer data.workers or a "
+            "smaller data.prefetch, and run the same command again to go on",
+            exit_code=1,
+        ) from error
 
 
 class _From(torch.utils.data.Sampler[int]):

@@ -7,6 +7,7 @@ processes there are.
 
 import fcntl
 import os
+from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import numpy as np
 from training.data.config import DataConfig
 from training.data.index import Index
 from training.data.permutation import permute_each
-from training.data.reading import Reader
+from training.data.reading import OpenFile, Reader
 
 
 @dataclass(frozen=True)
@@ -84,27 +85,45 @@ class ChunkReader(Reader):
     def __init__(self, index: Index, reads_in_flight: int, chunks: Chunks, spool: str, kept: int) -> None:
         super().__init__(index, reads_in_flight)
         self._chunks, self._spool, self._kept = chunks, Path(spool), kept
+        self._open_chunks: OrderedDict[int, tuple[OpenFile, list[tuple[int, int, int]]]] = OrderedDict()
 
     def submit(self, rows: Sequence[int]) -> "list[Future[bytes]]":
         return [self._pool.submit(self._row, int(row)) for row in rows]
 
     def _row(self, row: int) -> bytes:
-        number = self._chunks.of(row)
-        first, last = (int(v) for v in self._chunks.starts(np.array([number, number + 1])))
-        records = self._index.rows[first:last]
-        segments = _segments(records)
-        path = self._fetched(number, segments)
+        file, segments = self._chunk(self._chunks.of(row))
         record = self._index.rows[row]
+        shard, offset, length = int(record["shard"]), int(record["offset"]), int(record["length"])
         base = 0
-        for shard, start, end in segments:
-            if shard == int(record["shard"]) and start <= int(record["offset"]) < end:
-                with open(path, "rb") as file:
-                    data = os.pread(file.fileno(), int(record["length"]), base + int(record["offset"]) - start)
-                if len(data) != int(record["length"]):
-                    raise OSError(f"chunk {number} is short")
+        for of, start, end in segments:
+            if of == shard and start <= offset < end:
+                data = file.read(base + offset - start, length)
+                if len(data) != length:
+                    raise OSError(f"the chunk of row {row} is short")
                 return data
             base += end - start
         raise AssertionError
+
+    def _chunk(self, number: int) -> tuple[OpenFile, list[tuple[int, int, int]]]:
+        """A chunk's file, which stays open here when it is pruned, and what is in it."""
+        with self._lock:
+            found = self._open_chunks.get(number)
+            if found is not None:
+                self._open_chunks.move_to_end(number)
+                return found
+        first, last = (int(v) for v in self._chunks.starts(np.array([number, number + 1])))
+        segments = _segments(self._index.rows[first:last])
+        while True:
+            try:
+                opened = OpenFile(str(self._fetched(number, segments)))
+                break
+            except FileNotFoundError:  # pruned by another worker since
+                continue
+        with self._lock:
+            found = self._open_chunks.setdefault(number, (opened, segments))
+            if len(self._open_chunks) > self._kept:
+                self._open_chunks.popitem(last=False)
+        return found
 
     def _fetched(self, number: int, segments: list[tuple[int, int, int]]) -> Path:
         path = self._spool / f"{number}.chunk"
@@ -117,10 +136,16 @@ class ChunkReader(Reader):
                 aside = path.with_suffix(".tmp")
                 with open(aside, "wb") as file:
                     for shard, start, end in segments:
-                        file.write(self.read_range(shard, start, end - start))
+                        file.write(self._range(shard, start, end - start))
                 aside.rename(path)
         self._prune()
         return path
+
+    def _range(self, shard: int, offset: int, length: int) -> bytes:
+        try:
+            return self.read_range(shard, offset, length)
+        except FileNotFoundError as error:  # the shard's, which is another matter than a pruned chunk's
+            raise OSError(f"{self._index.shard(shard)}: not there") from error
 
     def _prune(self) -> None:
         """The chunks used longest ago go; one that is asked for again is fetched again."""

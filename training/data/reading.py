@@ -1,6 +1,7 @@
 """The bytes of rows by range reads, many in flight: local files by pread, anything else by fsspec."""
 
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from training.data.index import Index
 
 OPEN_FILES = 256
 PROBED = 16
+PAUSES_S = (0.5, 2.0, 8.0)
 
 
 class Reader:
@@ -24,7 +26,7 @@ class Reader:
     def __init__(self, index: Index, reads_in_flight: int) -> None:
         self._index = index
         self._pool = ThreadPoolExecutor(reads_in_flight, thread_name_prefix="image-read")
-        self._files: OrderedDict[str, _Open] = OrderedDict()
+        self._files: OrderedDict[str, OpenFile] = OrderedDict()
         self._lock = Lock()
         self.requests = 0
 
@@ -41,16 +43,7 @@ class Reader:
         """A range of a shard. Raises OSError, for a short read as well."""
         path = resolve(self._index.listing.root, self._index.shard(shard))
         self.requests += 1
-        if storage.is_local(path):
-            data = self._open(path).read(offset, length)
-        else:
-            fs, inner = storage.filesystem(path)
-            try:
-                data = bytes(fs.cat_file(inner, start=offset, end=offset + length))
-            except OSError:
-                raise
-            except Exception as error:  # clients of object stores raise exceptions of their own
-                raise OSError(f"{path}: {error}") from error
+        data = self._open(path).read(offset, length) if storage.is_local(path) else _fetched(path, offset, length)
         if len(data) != length:
             raise OSError(f"{path} ends before byte {offset + length}")
         return data
@@ -59,11 +52,11 @@ class Reader:
         """End the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _open(self, path: str) -> "_Open":
+    def _open(self, path: str) -> "OpenFile":
         with self._lock:
             found = self._files.get(path)
             if found is None:
-                found = self._files[path] = _Open(storage.filesystem(path)[1])
+                found = self._files[path] = OpenFile(storage.filesystem(path)[1])
                 if len(self._files) > OPEN_FILES:
                     self._files.popitem(last=False)
             else:
@@ -71,7 +64,7 @@ class Reader:
             return found
 
 
-class _Open:
+class OpenFile:
     """A descriptor that closes when the last thread that reads from it lets go."""
 
     def __init__(self, path: str) -> None:
@@ -79,11 +72,27 @@ class _Open:
         self._descriptor = os.open(path, os.O_RDONLY)
 
     def read(self, offset: int, length: int) -> bytes:
+        """May be shorter at the end of the file."""
         return os.pread(self._descriptor, length, offset)
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
+
+
+def _fetched(path: str, offset: int, length: int) -> bytes:
+    """A range of a file far away, tried again: a network's hiccup is not a broken image."""
+    fs, inner = storage.filesystem(path)
+    for pause_s in (*PAUSES_S, None):
+        try:
+            return bytes(fs.cat_file(inner, start=offset, end=offset + length))
+        except FileNotFoundError:
+            raise
+        except Exception as error:  # clients of object stores raise exceptions of their own
+            if pause_s is None:
+                raise OSError(f"{path}: {error}") from error
+        time.sleep(pause_s)
+    raise AssertionError
 
 
 def check_locations(index: Index) -> None:

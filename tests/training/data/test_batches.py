@@ -139,3 +139,13 @@ def test_what_cannot_work_is_said_before_the_first_batch(config: DataConfig, tmp
 def test_a_source_of_broken_images_alone_ends_in_a_sentence(tmp_path: Path, workers: int) -> None:
     config = small(write_manifest(tmp_path / "m", [b"no image"] * 9), tmp_path, workers=workers)
     assert "17 images one after the other cannot be used" in sentence(config)
+
+
+def test_a_killed_worker_ends_in_a_sentence(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def loader(*_: Any, **__: Any) -> Iterator[Any]:
+        raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")  # what torch says, within 5 s
+        yield
+
+    monkeypatch.setattr("training.data.batches.DataLoader", loader)
+    said = sentence(config.model_copy(update={"workers": 1}))
+    assert "a worker of the data loader was killed" in said

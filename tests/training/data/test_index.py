@@ -2,12 +2,15 @@
 
 import pickle
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 
 from curation.errors import UserError
 from tests.training.data.manifests import picture, write_manifest
+from training.data import reading
 from training.data.index import open_index
 from training.data.reading import Reader, check_locations
 
@@ -89,3 +92,20 @@ def test_moved_and_cut_shards_are_noticed_before_anything_starts(tmp_path: Path)
     shard.unlink()
     with pytest.raises(UserError, match="were the images moved"):
         check_locations(index)
+
+
+def test_a_hiccup_of_the_network_is_no_broken_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    index = open_index(write_manifest("memory://hiccup-test", [b"abc", b"defg"]), str(tmp_path / "index"))
+    memory = type(fsspec.filesystem("memory"))
+    real, failures = memory.cat_file, iter([True, True])
+
+    def failing(self: Any, *arguments: Any, **options: Any) -> Any:
+        if next(failures, False):
+            raise TimeoutError
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(memory, "cat_file", failing)
+    monkeypatch.setattr(reading, "PAUSES_S", (0.0, 0.0))
+    reader = Reader(index, 1)
+    assert reader.read(1) == b"defg"
+    reader.close()
