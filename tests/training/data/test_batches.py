@@ -1,6 +1,7 @@
 """Batches depend on (seed, sample number) alone: not on workers, processes, restarts or what is broken elsewhere."""
 
 import itertools
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,6 @@ def test_a_killed_worker_ends_in_a_sentence(config: DataConfig, monkeypatch: pyt
         raise RuntimeError("DataLoader worker (pid(s) 1) exited unexpectedly")  # what torch says, within 5 s
         yield
 
-    monkeypatch.setattr("training.data.batches.DataLoader", loader)
+    monkeypatch.setattr(sys.modules["training.data.batches"], "DataLoader", loader)
     said = sentence(config.model_copy(update={"workers": 1}))
     assert "a worker of the data loader was killed" in said
