@@ -28,7 +28,7 @@ machine.one_thread()
 import numpy as np
 
 from benchmarks import data, plan_tables, retrieve
-from curation import clusters, nearest, seed_search, sketch, vectors
+from curation import clusters, nearest, seed_calibration, seed_search, sketch, vectors
 from curation.duplicates.cells import Cells
 from curation.duplicates.join import self_join
 from curation.duplicates.members import Members, bundled, max_piece_rows, whole_set
@@ -187,47 +187,49 @@ def cluster(stored: np.ndarray) -> dict[str, Any]:
 # ---- retrieval -------------------------------------------------------------------------------------------------------
 
 
-def retrieval(folder: str, product: float) -> dict[str, Any]:
+def retrieval(folder: str) -> dict[str, Any]:
     """Calibration and search of a pool for SEEDS seeds."""
     begin = time.process_time()
     seeds = retrieve.seeds_of(folder)
     parts = list(retrieve.pool_parts(folder))
     reading = time.process_time() - begin
     pool = np.concatenate([rows for _, rows in parts])
-    sample = widen(pool[:: max(1, len(pool) // seed_search.SAMPLE_ROWS)][: seed_search.SAMPLE_ROWS])
-    tuning = widen(seeds[: seed_search.TUNING_SEEDS])
+    sample = widen(pool[:: max(1, len(pool) // seed_calibration.SAMPLE_ROWS)][: seed_calibration.SAMPLE_ROWS])
+    tuning = widen(seeds[: seed_calibration.TUNING_SEEDS])
     options = {"rows": len(pool), "seeds": len(seeds), "recall": 0.99, "seed": 0}
     begin = time.process_time()
-    plan = seed_search.calibrate(sample, tuning, NEIGHBOURS, **options)  # type: ignore[arg-type]
+    plan = seed_calibration.calibrate(sample, tuning, NEIGHBOURS, **options)  # type: ignore[arg-type]
     tune = time.process_time() - begin
-    begin = time.process_time()
-    plan.codebook.encode(widen(pool))
-    code = time.process_time() - begin
-    begin = time.process_time()
     best = seed_search.SeedBlock(plan, seeds, NEIGHBOURS)
-    passes = []
+    passes, coded = [], 0.0
     for number in range(2):
         # The second time each seed has near neighbours, as it has after the first stretch of a large pool.
         ids = np.arange(len(pool), dtype=np.uint64) + np.uint64(number * len(pool))
+        seconds_of_pass = 0.0
         for start in range(0, len(pool), SLAB):
-            best.add(ids[start : start + SLAB], pool[start : start + SLAB])
-        passes.append(time.process_time() - begin)
-        begin = time.process_time()
-    search = passes[0]
+            begin = time.process_time()
+            stretch = seed_search.Stretch.of(plan, ids[start : start + SLAB], pool[start : start + SLAB])
+            coded += (time.process_time() - begin) / 2
+            begin = time.process_time()
+            best.add(stretch)
+            seconds_of_pass += time.process_time() - begin
+        passes.append(seconds_of_pass)
+    search = coded + passes[0]
     terms = costs.retrieve(len(pool), DIMENSION, len(seeds), 0, 0, plan.share)
-    assigned = sum(t.units for t in terms if t.rate == "product" and "cells" in t.step) * product * 1e-9
+    scanned = sum(t.units for t in terms if t.rate == "scan_code" and "scanned" in t.step)
+    assigned = sum(t.units for t in terms if t.rate == "scan_code" and "cells" in t.step) * passes[1] / scanned
     seconds = {
         "tune": tune,
-        "code": reading + code,
-        "warm": passes[0] - passes[1],
-        "scan_code": passes[1] - code - assigned,
+        "code": reading + coded - assigned,
+        "warm": max(passes[0] - passes[1], 0.0),
+        "scan_code": passes[1],
     }
     return {
         "cpu_seconds": round(reading + tune + search, 2),
         "cpu_seconds_by_step": {k: round(v, 2) for k, v in {"read": reading, **seconds, "search": search}.items()},
         "share_scanned": plan.share,
         "passing": plan.passing,
-        "rates": per_unit(terms, seconds),
+        "rates": per_unit([t for t in terms if t.rate != "scan_code" or "scanned" in t.step], seconds),
     }
 
 
@@ -279,11 +281,10 @@ def calibrate(document: dict[str, Any], arguments: argparse.Namespace, folder: P
         cluster(stored[:20_000])
         runs["cluster"] = [told(cluster(stored)) for _ in range(arguments.repeats)]
     if "retrieve" in arguments.parts:
-        product = float(np.median([run["rates"]["product"] for run in runs["cluster"]]))
         pool = str(folder / "pool")
         if not Path(pool, "seeds").exists():
             retrieve.make(pool, arguments.vectors, SEEDS, DIMENSION, 300, 0)
-        found = [told(retrieval(pool, product)) for _ in range(arguments.repeats + 1)]
+        found = [told(retrieval(pool)) for _ in range(arguments.repeats + 1)]
         runs["retrieve"] = found[1:]  # the first compiles
     if "tables" in arguments.parts:
         tables(1000, 1)

@@ -14,7 +14,7 @@ from curation.order import generator
 from curation.quantised import Codebook, Tables
 from curation.search import require_faiss
 from curation.seed_plan import SearchPlan
-from curation.seed_search import SeedBlock, Stretch
+from curation.seed_search import SeedBlock, Stretch, recall_of
 
 CELL_TRAINING = 64
 """Rows per cell that k-means sees."""
@@ -23,9 +23,11 @@ TUNING_SEEDS = 1024
 SAMPLE_ROWS = 65_536
 ERROR_SEEDS, ERROR_ROWS, ERROR_NEAREST = 64, 16_384, 16
 """What the error of codes is measured on: so many nearest rows of so many seeds."""
-SPENT = 0.7
-"""Of the loss that the recall asked for allows, what the visits may take, and the cuts too; the rest is for the noise
-of the sample."""
+SPENT = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25)
+"""Of the loss that the recall asked for allows, what each margin may lose by itself; tried from the first one on. Many
+of these neighbours are found all the same, since only the last of a seed's is as low as its cut."""
+LOSS = 0.75
+"""Of the loss allowed, what a search of the sample may have; the rest is for other seeds than these."""
 
 
 def calibrate(
@@ -50,16 +52,22 @@ def calibrate(
         nearest = found.ids.astype(np.int64)
         expected = plan.expected_best(tuning)
         missed = expected.max(axis=1, keepdims=True) - np.take_along_axis(expected, stretch.labels[nearest], axis=1)
-        allowed = (1 - recall) * SPENT
-        visit_margin = _upper(missed.ravel(), allowed)
         who = np.repeat(np.arange(len(tuning)), nearest.shape[1])
         lowest = found.similarity[:, -1].astype(np.float64)
         tables = codebook.tables(tuning)
-        cut_margin = _upper(plan.slope * lowest[who] - _coded(codebook, tables, sample[nearest.ravel()], who), allowed)
-        plan = replace(plan, visit_margin=visit_margin, cut_margin=cut_margin)
+        short = plan.slope * lowest[who] - _coded(codebook, tables, sample[nearest.ravel()], who)
+        for spent in SPENT:
+            allowed = (1 - recall) * spent
+            plan = replace(plan, visit_margin=_upper(missed.ravel(), allowed), cut_margin=_upper(short, allowed))
+            # As strict as the search can become: the last neighbour's similarity is known from the beginning.
+            trial = SeedBlock(plan, tuning, nearest.shape[1], found.similarity[:, -1].copy())
+            trial.add(stretch)
+            hits, there = recall_of(trial.neighbours(), found)
+            if hits >= (1 - LOSS * (1 - recall)) * there:
+                break
         open_cells = plan.visits(tuning)[0]
         share = float((open_cells @ sizes).mean()) / len(sample)
-        passing = _passing(codebook, tables, sample, stretch.labels, open_cells, plan.slope * lowest - cut_margin)
+        passing = _passing(codebook, tables, sample, stretch.labels, open_cells, plan.slope * lowest - plan.cut_margin)
     return replace(plan, share=share, passing=passing)
 
 
