@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation import products, vectors
-from curation.duplicates import cell_join, tasks
+from curation.duplicates import cell_join, planning, tasks
 from curation.duplicates import components as comp
 from curation.duplicates import forest as f
 from curation.duplicates import recall as recalls
@@ -75,6 +75,8 @@ def _few_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, count in (("CHOICE_QUERIES", 256), ("MEASURE_QUERIES", 256), ("QUERIES_WITH_COPIES", 256)):
         monkeypatch.setattr(recalls, name, count)
     monkeypatch.setattr(recalls, "MOST_QUERIES", 1024)
+    # Every one of the 84 rules tried is costed on the meetings of so many rows; an eighth of them meet all.
+    monkeypatch.setattr(planning, "MEETING", 512)
 
 
 def test_exact_join_is_the_forest_of_all_pairs_in_float64(tmp_path: Path) -> None:
