@@ -27,7 +27,16 @@ from benchmarks import machine
 CLASSES = ("top", "trousers", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "boot")
 PACKAGE, FILES = "dataset-fashion-mnist", "usr/share/datasets/fashion-mnist"
 NEIGHBOURS = 10
-STUDENT = {"size": "small", "width": 128, "depth": 3, "heads": 2, "patch_size": 8, "image_size": 64}
+STUDENT = {
+    "size": "small",
+    "width": 128,
+    "depth": 3,
+    "heads": 2,
+    "patch_size": 8,
+    "image_size": 64,
+    "layer_scale": None,
+    "drop_path": 0.1,
+}
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 """Two-sided 95 % quantiles of Student's t for so many values."""
 
