@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation import half_columns, storage
+from curation import storage
 from curation.errors import UserError
 from curation.halves import squared_lengths
 from curation.schemas import embeddings_schema
@@ -140,10 +140,6 @@ def read_vectors(
         # Not `read_table`: its threads and buffers cost as much again as the decoding.
         file = pq.ParquetFile(_open(path))
         groups = range(file.num_row_groups) if row_groups is None else row_groups
-        halves = _halves(path, file, list(groups), dimension) if first is None else None
-        if halves is not None:
-            ids = _ids(file.read_row_groups(list(groups), columns=["image_id"], use_threads=False), path)
-            return ids, _checked(halves, ids, path)
         if first is None:
             table = file.read_row_groups(list(groups), columns=columns, use_threads=False)
         else:
@@ -162,26 +158,6 @@ def read_vectors(
     vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, dimension)
     ids = _ids(table, path)
     return ids, _checked(vectors, ids, path)
-
-
-def _halves(path: str, file: pq.ParquetFile, groups: list[int], dimension: int) -> np.ndarray | None:
-    """The vectors of some row groups of a local file, read without Arrow; None where that does not go."""
-    columns = [file.schema.column(i) for i in range(len(file.schema))]
-    place = next((i for i, column in enumerate(columns) if column.path.startswith("embedding.")), None)
-    if place is None or not groups or not storage.is_local(path):
-        return None
-    if file.schema_arrow.field("embedding").type != pa.list_(pa.float16(), dimension):
-        return None
-    parts = []
-    with open(storage.filesystem(path)[1], "rb") as opened:
-        for group in groups:
-            known = file.metadata.row_group(group)
-            level = columns[place].max_definition_level
-            part = half_columns.read(opened, known.column(place), level, known.num_rows, dimension)
-            if part is None:
-                return None
-            parts.append(part)
-    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def embeddings_table(ids: np.ndarray, vectors: np.ndarray) -> pa.Table:
