@@ -22,7 +22,7 @@ TRAINING_PER_CELL = 48
 TRAINING_ROUNDS = 4
 COMPONENTS = 128
 """Principal components that cells are formed in."""
-COMPONENT_ROWS = 8192
+COMPONENT_ROWS = 1 << 15
 """Sampled vectors that the components are found in."""
 SKETCH_WORDS = 8
 LEFT_OUT = (0, 16, 64)
@@ -204,13 +204,13 @@ def train(count: int, seed: int, sample: np.ndarray, threshold: float) -> Cells:
 
 
 def _without_copies(rows: np.ndarray, threshold: float) -> np.ndarray:
-    """The rows (n, d) that are near no earlier one."""
+    """The rows (n, d) that, as far as sketches tell, are no copy of an earlier one."""
+    bits = sketch.sketches(rows, sketch.HALF)
+    cut = sketch.distance_at(threshold, sketch.HALF, 1)
+    cuts = (sketch.distance_at(threshold, sketch.LONGEST_FIRST, 2), cut, cut)
     copies = np.zeros(len(rows), bool)
-    for begin in range(0, len(rows), BLOCK_ROWS):
-        block = rows[begin : begin + BLOCK_ROWS]
-        near = (rows[: begin + len(block)] @ block.T) > np.float32(threshold)
-        near[begin:] = np.triu(near[begin:], 1)
-        copies[begin : begin + len(block)] = near.any(axis=0)
+    for _, later in sketch.scan(bits, bits, np.arange(1, len(bits) + 1), sketch.LONGEST_FIRST, cuts):
+        copies[later] = True
     return rows[~copies]
 
 

@@ -34,7 +34,7 @@ NANOSECONDS = {2: 1.2, 3: 1.6, 4: 1.8}
 NANOSECONDS_PASSED = np.array([12.0, 700.0])
 """Further ones of a pair that is near in its first words, in all."""
 FIRST_WORDS = (2, 3, 4)
-LOSSES = (0.2, 0.4, 0.6)
+LOSSES = (0.05, 0.15, 0.3, 0.5)
 """Shares of the permitted loss that the sketches may take,"""
 FIRST_LOSSES = (0.3, 0.7)
 """and of that the first words."""
