@@ -5,6 +5,7 @@ it, in `accumulate` micro-batches; groups of `group_size` samples never straddle
 (seed, sample number) alone.
 """
 
+import atexit
 import itertools
 import logging
 import multiprocessing
@@ -15,6 +16,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
 from typing import Any
 
 import numpy as np
@@ -272,6 +274,8 @@ class _OneThread:
 def _start_fork_server() -> None:
     """With SIGTERM ignored, which it inherits: where a scheduler ends the whole process group, its death would count as
     the workers'."""
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)
     if threading.current_thread() is threading.main_thread():
         former = signal.signal(signal.SIGTERM, signal.SIG_IGN)
         try:
@@ -288,3 +292,10 @@ def _start_worker(_: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     cv2.setNumThreads(1)
     torch.set_num_threads(1)
+
+
+def _end_workers() -> None:
+    """Of streams that nobody closed: they ignore SIGTERM, and at exit multiprocessing would wait for them forever."""
+    for child in multiprocessing.active_children():
+        if isinstance(child, ForkServerProcess):
+            child.kill()

@@ -1,6 +1,7 @@
 """Batches depend on (seed, sample number) alone: not on workers, processes, restarts or what is broken elsewhere."""
 
 import itertools
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,3 +151,18 @@ def test_a_killed_worker_ends_in_a_sentence(config: DataConfig, monkeypatch: pyt
     monkeypatch.setattr(sys.modules["training.data.batches"], "DataLoader", loader)
     said = sentence(config.model_copy(update={"workers": 1}))
     assert "a worker of the data loader was killed" in said
+
+
+def test_a_process_ends_though_a_stream_was_never_closed(config: DataConfig) -> None:
+    """It hung: the worker ignores SIGTERM, and multiprocessing waits for its children at exit."""
+    program = f"""
+from training.data import DataConfig, batches
+config = DataConfig.model_validate_json({config.model_copy(update={"workers": 1}).model_dump_json()!r})
+if __name__ == "__main__":
+    stream = batches(config, **{COMMON!r})
+    next(stream)
+    kept = [stream]
+    kept.append(kept)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], timeout=60, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
