@@ -168,6 +168,7 @@ def join(results: Results) -> str:
 
 STEPS = {
     "store_piece": "read, store, sketch",
+    "store_sketched": "read, store, sketch",  # its name before the join's revision 3
     "train_cells": "train cells",
     "search_queries": "measure recall",
     "assign_piece": "assign to cells",
@@ -178,10 +179,9 @@ STEPS = {
 
 def join_steps(results: Results) -> str:
     runs = [(kind, run) for kind in KINDS for run in results.joins(kind)]
-    steps = list(dict.fromkeys(step for _, run in runs for step in run["cpu_seconds_by_step"]))
-    rows = [
-        (STEPS.get(step, step), *(number(run["cpu_seconds_by_step"].get(step)) for _, run in runs)) for step in steps
-    ]
+    spent = [{STEPS.get(step, step): s for step, s in run["cpu_seconds_by_step"].items()} for _, run in runs]
+    steps = dict.fromkeys(step for seconds in spent for step in seconds)
+    rows = [(step, *(number(seconds.get(step)) for seconds in spent)) for step in steps]
     return table(("CPU seconds of", *(f"{kind} {run['vectors']:,}" for kind, run in runs)), rows) if runs else ""
 
 
