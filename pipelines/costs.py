@@ -58,7 +58,7 @@ class Meetings:
 
 
 def cell_count(rows: int, dimension: int, memory_bytes: int) -> int:
-    """Cells of the join, as `curation.duplicates.cell_join` trains them within the memory of a worker."""
+    """Cells of the join, as `curation.duplicates.planning` trains them within the memory of a worker."""
     room = _training_room(dimension, memory_bytes)
     return int(min(max(16, round(CELLS_PER_ROOT * math.sqrt(rows))), rows, max(16, room // 8)))
 
