@@ -122,6 +122,17 @@ class ParallelConfig(BaseModel, extra="forbid"):
     activation_checkpointing: bool = Field(False, description="recompute blocks backward instead of keeping them")
 
 
+class KernelConfig(BaseModel, extra="forbid"):
+    """What computes where plain torch is not the fastest; nothing here changes what is computed but rounding."""
+
+    losses: Literal["reference", "triton"] = Field(
+        "reference", description="Sinkhorn-Knopp and cross-entropies; triton: streamed, no matrix of targets is stored"
+    )
+    student_logits: Literal["stored", "chunked"] = Field(
+        "stored", description="chunked: a few rows at a time, with their gradients, never all: saves memory"
+    )
+
+
 class CheckpointConfig(BaseModel, extra="forbid"):
     """When and how many."""
 
@@ -181,6 +192,11 @@ class TrainConfig(BaseModel, extra="forbid"):
     parallel: ParallelConfig = Field(
         default_factory=ParallelConfig,  # type: ignore[arg-type]
         description="processes",
+        json_schema_extra=NO_EFFECT,
+    )
+    kernels: KernelConfig = Field(
+        default_factory=KernelConfig,  # type: ignore[arg-type]
+        description="kernels",
         json_schema_extra=NO_EFFECT,
     )
     checkpoints: CheckpointConfig = Field(

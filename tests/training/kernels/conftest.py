@@ -1,0 +1,13 @@
+"""Kernels run on the CPU here, in Triton's interpreter (tests/conftest.py asks for it before anything imports triton)."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """The same random inputs whichever tests run, and one thread: small tensors gain nothing from more."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
