@@ -13,6 +13,7 @@ from torch import Tensor
 from curation.errors import UserError
 from training import parallel
 from training.losses import make_centering
+from training.losses.choice import choose
 from training.model import HeadConfig, Network, VisionTransformerConfig
 from training.optimizer import make_optimizer
 from training.step import Learner, Models
@@ -30,6 +31,7 @@ def assemble(config: TrainConfig, device: torch.device, initial: str | None = No
 
     Raises UserError for a folder that is not one, or of another model.
     """
+    cross_entropies, columns = choose(config.kernels, device)
     mesh = parallel.make_mesh(config.parallel, device)
     if config.distill is None:
         learner = _learner("model", config.model, config.heads, config, mesh, device, initial)
@@ -51,9 +53,10 @@ def assemble(config: TrainConfig, device: torch.device, initial: str | None = No
     return Models(
         learners,
         teacher,
-        make_centering(kind, dino, iterations, momentum).to(device),
-        make_centering(kind, ibot, iterations, momentum).to(device),
+        make_centering(kind, dino, iterations, momentum, columns).to(device),
+        make_centering(kind, ibot, iterations, momentum, columns).to(device),
         device,
+        cross_entropies,
     )
 
 
@@ -73,6 +76,8 @@ def _learner(
     average = copy.deepcopy(student).requires_grad_(False)
     if initial is not None:
         load_networks(initial, student, average)
+    if config.kernels.student_logits == "chunked":
+        student.use_factored_logits()
     for network, trained in ((student, True), (average, False)):
         network.train(trained).to(device)
         parallel.apply(network, config.parallel, mesh, trained=trained)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from training.collectives import sum_over_processes, world_size
-from training.losses import Centering, chosen_patches, dino_loss, ibot_loss, koleo_loss
+from training.losses import Centering, chosen_patches, koleo_loss
+from training.losses.choice import CrossEntropies, WithMatrices
 from training.model import Layout, Network, Outputs
 from training.optimizer import clip_per_module, set_values
 from training.parallel import to_device
@@ -51,6 +52,7 @@ class Models:
     dino_centering: Centering
     ibot_centering: Centering
     device: torch.device
+    cross_entropies: CrossEntropies = field(default_factory=WithMatrices)
 
     @property
     def distils(self) -> bool:
@@ -62,7 +64,7 @@ def train_step(
     models: Models, micro_batches: Sequence[Batch], values: StepValues, config: TrainConfig
 ) -> dict[str, dict[str, Tensor]]:
     """One update of every student. Returns its figures by name, means over this process's samples, on the device."""
-    losses = config.losses
+    losses, cross_entropies = config.losses, models.cross_entropies
     sums: dict[str, list[Tensor]] = {learner.name: [] for learner in models.learners}
     for number, batch in enumerate(micro_batches):
         # Indices are made on the CPU, where the masks are: the device never has to be waited for.
@@ -77,8 +79,9 @@ def train_step(
         # The teacher sees the global crops whole; its logits become targets.
         with torch.no_grad():
             seen: Outputs = models.teacher(crops[:1], where)
-            dino_targets = models.dino_centering.targets(seen.dino[0], values.teacher_temperature)
-            ibot_targets = models.ibot_centering.targets(seen.ibot, values.teacher_temperature)
+            temperature = values.teacher_temperature
+            dino_targets = cross_entropies.targets(models.dino_centering, seen.class_logits, temperature)
+            ibot_targets = cross_entropies.targets(models.ibot_centering, seen.ibot, temperature)
 
         for learner in models.learners:
             # The student sees the global crops masked, and the local crops, all packed into one pass.
@@ -93,9 +96,8 @@ def train_step(
             )
             synchronise_gradients(learner.student, number == len(micro_batches) - 1)
             out: Outputs = learner.student(crops, where, masks, kept)
-            local_logits = out.dino[1] if len(crops) > 1 else out.dino[0][:0]
-            dino = dino_loss(out.dino[0], local_logits, dino_targets, losses.student_temperature)
-            ibot = ibot_loss(out.ibot, ibot_targets, weights, len(crops[0]), losses.student_temperature)
+            dino = cross_entropies.dino(out.class_logits, dino_targets, losses.student_temperature)
+            ibot = cross_entropies.ibot(out.ibot, ibot_targets, weights, len(crops[0]), losses.student_temperature)
             koleo = koleo_loss(out.class_tokens, config.group_size)
             loss = losses.dino_weight * dino + losses.ibot_weight * ibot + losses.koleo_weight * koleo
             (loss / len(micro_batches)).backward()

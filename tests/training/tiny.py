@@ -95,7 +95,7 @@ def figures(output: Path | str, stage: str = "pretrain") -> list[dict[str, float
     """The log's losses and norms, by step; what time decides is left out."""
     told = ("step", "loss", "dino", "ibot", "koleo", "gradient_backbone", "gradient_dino_head", "gradient_ibot_head")
     lines = (Path(output) / stage / "log.jsonl").read_text().splitlines()
-    return [{key: line[key] for key in told} for line in map(json.loads, lines)]
+    return [{key: line[key] for key in told if key in line} for line in map(json.loads, lines)]
 
 
 def run_here(output: Path | str, **changes: Any) -> Result:
@@ -111,16 +111,20 @@ SERVER.set_forkserver_preload(["tests.training.tiny"])
 
 def start_processes(count: int, output: Path | str, hang_at: int | None = None, **changes: Any) -> list[Any]:
     """`count` new processes with a group of their own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     processes = []
     for number in range(count):
         told = (environment | {"RANK": str(number)}, str(output), hang_at, changes)
         processes.append(SERVER.Process(target=run_there, args=told, daemon=True))
         processes[-1].start()
     return processes
+
+
+def free_port() -> int:
+    """Of this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
 
 
 def run_there(environment: dict[str, str], output: str, hang_at: int | None, changes: dict[str, Any]) -> None:

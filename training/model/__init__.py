@@ -1,12 +1,13 @@
 """The model that is trained; imports torch and nothing of ours."""
 
-from training.model.heads import HeadConfig, Network, Outputs, ProjectionHead
+from training.model.heads import Factored, HeadConfig, Network, Outputs, ProjectionHead
 from training.model.packing import Attend, Kept, Layout, attend_per_length
 from training.model.vision_transformer import SIZES, Tokens, VisionTransformer, VisionTransformerConfig
 
 __all__ = [
     "SIZES",
     "Attend",
+    "Factored",
     "HeadConfig",
     "Kept",
     "Layout",

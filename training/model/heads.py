@@ -42,13 +42,32 @@ class ProjectionHead(nn.Module):
             nn.Linear(config.hidden, config.bottleneck),
         )
         self.last_layer = Prototypes(config.bottleneck, config.prototypes)
+        self.factored = False
         for module in self.mlp:
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n prototypes"]:
-        return self.last_layer(F.normalize(self.mlp(x), dim=-1))
+    def forward(self, x: Float[Tensor, "n d"]) -> Float[Tensor, "n prototypes"] | Factored:
+        """The logits; where `factored` is set, what they are the product of."""
+        x = F.normalize(self.mlp(x), dim=-1)
+        return Factored(x, self.last_layer.matrix()) if self.factored else self.last_layer(x)
+
+
+class Factored(NamedTuple):
+    """Logits that nobody has multiplied out: features @ prototypes.T.
+
+    The prototypes leave the head as a tensor with a history: what multiplies them outside finds them whole, although
+    the parameters they came from may be sharded again.
+    """
+
+    features: Float[Tensor, "n bottleneck"]
+    prototypes: Float[Tensor, "prototypes bottleneck"]
+    """float32."""
+
+    def split(self, sizes: Sequence[int]) -> list[Factored]:
+        """By rows."""
+        return [Factored(part, self.prototypes) for part in self.features.split(list(sizes))]
 
 
 class Prototypes(nn.Module):
@@ -61,8 +80,11 @@ class Prototypes(nn.Module):
         nn.init.uniform_(self.direction, -(bottleneck**-0.5), bottleneck**-0.5)  # what nn.Linear begins with
 
     def forward(self, x: Float[Tensor, "n bottleneck"]) -> Float[Tensor, "n prototypes"]:
-        weight = self.magnitude.float() * F.normalize(self.direction.float(), dim=1)
-        return F.linear(x, weight.to(x.dtype))
+        return F.linear(x, self.matrix().to(x.dtype))
+
+    def matrix(self) -> Float[Tensor, "prototypes bottleneck"]:
+        """float32."""
+        return self.magnitude.float() * F.normalize(self.direction.float(), dim=1)
 
 
 class Outputs(NamedTuple):
@@ -70,10 +92,17 @@ class Outputs(NamedTuple):
 
     class_tokens: Float[Tensor, "b d"]
     """Of the first set of crops, before the head."""
-    dino: list[Float[Tensor, "crops prototypes"]]
-    """Logits of the class tokens, one tensor per set of crops."""
-    ibot: Float[Tensor, "patches prototypes"]
+    class_logits: Float[Tensor, "crops prototypes"] | Factored
+    """Of the class tokens of all sets, one set behind another."""
+    ibot: Float[Tensor, "patches prototypes"] | Factored
     """Logits of the chosen patches of the first set."""
+    counts: tuple[int, ...]
+    """Crops per set."""
+
+    @property
+    def dino(self) -> list[Float[Tensor, "crops prototypes"]] | list[Factored]:
+        """The class tokens' logits, set by set."""
+        return list(self.class_logits.split(list(self.counts)))
 
 
 class Network(nn.Module):
@@ -84,6 +113,12 @@ class Network(nn.Module):
         self.backbone = VisionTransformer(backbone)
         self.dino_head = ProjectionHead(backbone.width, dino)
         self.ibot_head = None if ibot is None else ProjectionHead(backbone.width, ibot)
+
+    def use_factored_logits(self) -> None:
+        """Give logits as `Factored` from now on."""
+        for head in (self.dino_head, self.ibot_head):
+            if head is not None:
+                head.factored = True
 
     def forward(
         self,
@@ -102,5 +137,4 @@ class Network(nn.Module):
             )
         else:
             class_logits, patch_logits = self.dino_head(class_tokens), self.ibot_head(chosen)
-        dino = list(class_logits.split([len(tokens.class_token) for tokens in sets]))
-        return Outputs(sets[0].class_token, dino, patch_logits)
+        return Outputs(sets[0].class_token, class_logits, patch_logits, tuple(len(images) for images in crops))

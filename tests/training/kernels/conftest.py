@@ -1,4 +1,4 @@
-"""Kernels run on the CPU here, in Triton's interpreter (tests/conftest.py asks for it before anything imports triton)."""
+"""Kernels run in Triton's interpreter here: tests/conftest.py asks for it before anything imports triton."""
 
 import pytest
 import torch
