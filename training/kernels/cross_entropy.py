@@ -151,12 +151,12 @@ def by_rows(x: Float[Tensor, "n prototypes"]) -> Float[Tensor, "n prototypes"]:
 
 
 @triton.jit
-def _load_logits(pointer: Any, row: Any, stride: Any, column: Any, inside: Any) -> Any:
+def _load_logits(pointer, row, stride, column, inside):
     return tl.load(pointer + row * stride + column, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _weights(x: Any, inside: Any) -> Any:
+def _weights(x, inside):
     """(weights that sum to 1 over the tile, log-sum-exp) of x in units of ln 2."""
     x = tl.where(inside, x, float("-inf"))
     highest = tl.max(x, axis=0)
@@ -167,24 +167,24 @@ def _weights(x: Any, inside: Any) -> Any:
 
 @triton.jit(do_not_specialize=["samples", "crops"])
 def _forward(
-    student: Any,
-    student_stride: Any,
-    teacher: Any,
-    teacher_stride: Any,
-    columns: Any,
-    of_teacher: Any,
-    of_student: Any,
-    samples: Any,
-    crops: Any,
-    prototypes: Any,
-    tiles: Any,
-    teacher_scale: Any,
-    student_scale: Any,
+    student,
+    student_stride,
+    teacher,
+    teacher_stride,
+    columns,
+    of_teacher,
+    of_student,
+    samples,
+    crops,
+    prototypes,
+    tiles,
+    teacher_scale,
+    student_scale,
     HAS_COLUMNS: tl.constexpr,
     CROSSED: tl.constexpr,
     SAMPLES: tl.constexpr,
     TILE: tl.constexpr,
-) -> None:
+):
     tile = tl.program_id(0) % tiles  # neighbours in memory run at one time
     block = tl.program_id(0) // tiles
     column = tile * TILE + tl.arange(0, TILE)
@@ -217,28 +217,28 @@ def _forward(
 
 @triton.jit(do_not_specialize=["samples", "crops"])
 def _backward(
-    student: Any,
-    student_stride: Any,
-    teacher: Any,
-    teacher_stride: Any,
-    columns: Any,
-    teacher_sums: Any,
-    student_sums: Any,
-    coefficients: Any,
-    out: Any,
-    out_stride: Any,
-    samples: Any,
-    crops: Any,
-    prototypes: Any,
-    tiles: Any,
-    teacher_scale: Any,
-    student_scale: Any,
-    factor: Any,
+    student,
+    student_stride,
+    teacher,
+    teacher_stride,
+    columns,
+    teacher_sums,
+    student_sums,
+    coefficients,
+    out,
+    out_stride,
+    samples,
+    crops,
+    prototypes,
+    tiles,
+    teacher_scale,
+    student_scale,
+    factor,
     HAS_COLUMNS: tl.constexpr,
     CROSSED: tl.constexpr,
     SAMPLES: tl.constexpr,
     TILE: tl.constexpr,
-) -> None:
+):
     tile = tl.program_id(0) % tiles
     block = tl.program_id(0) // tiles
     column = tile * TILE + tl.arange(0, TILE)

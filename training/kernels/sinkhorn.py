@@ -10,7 +10,7 @@ the same logits and finds u on the way (`training.kernels.cross_entropy`).
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -111,18 +111,18 @@ def row_parts(
 
 @triton.jit(do_not_specialize=["rows", "length"])
 def _column_parts(
-    logits: Any,
-    stride: Any,
-    of_row: Any,
-    parts: Any,
-    rows: Any,
-    prototypes: Any,
-    length: Any,
-    scale: Any,
+    logits,
+    stride,
+    of_row,
+    parts,
+    rows,
+    prototypes,
+    length,
+    scale,
     HAS_ROWS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
-) -> None:
+):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     split = tl.program_id(1)
     inside = column < prototypes
@@ -146,17 +146,17 @@ def _column_parts(
 
 @triton.jit(do_not_specialize=["rows"])
 def _row_parts(
-    logits: Any,
-    stride: Any,
-    of_column: Any,
-    parts: Any,
-    rows: Any,
-    prototypes: Any,
-    tiles: Any,
-    scale: Any,
+    logits,
+    stride,
+    of_column,
+    parts,
+    rows,
+    prototypes,
+    tiles,
+    scale,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-) -> None:
+):
     tile = tl.program_id(0) % tiles  # neighbours in memory run at one time
     block = tl.program_id(0) // tiles
     column = tile * TILE + tl.arange(0, TILE)

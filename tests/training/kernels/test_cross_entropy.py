@@ -138,7 +138,7 @@ def test_what_is_not_finite_stays_so() -> None:
         ).isfinite()
 
 
-@pytest.mark.parametrize("changes", [{}, {"losses": {"centering": "softmax"}}, {"heads": {"ibot": None}}])
+@pytest.mark.parametrize("changes", [{}, {"losses": {"centering": "softmax"}, "heads": {"ibot": None}}])
 def test_a_training_with_kernels_is_one_without(tmp_path: Any, changes: dict[str, Any]) -> None:
     told = {"steps": 2, "batch_size": 4, **changes}
     run_here(tmp_path / "plain", **told)

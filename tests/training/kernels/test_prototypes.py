@@ -91,7 +91,11 @@ def test_no_patch_at_all_is_a_loss_of_zero() -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"losses": {"centering": "softmax"}, "heads": {"ibot": None}, "accumulate": 2}, {"kernels": {"losses": "triton"}}],
+    [
+        {},
+        {"losses": {"centering": "softmax"}, "heads": {"ibot": None}, "accumulate": 2},
+        {"kernels": {"losses": "triton"}},
+    ],
     ids=["plain", "shared head", "triton"],
 )
 def test_a_training_in_chunks_is_one_with_all_logits(
