@@ -44,14 +44,21 @@ def choose_kept(
             drawn = np.sort(random.random((2 * depth, crops)).argsort(axis=1)[:, :count], axis=1)
             view, member = drawn // group_size, drawn % group_size
             chosen[kind].append(view * samples + place * group_size + member)  # crops are crop-major
-    rows, start = [], 0
-    for places, length, tokens in zip(chosen, layout.lengths, layout.tokens, strict=True):
+    rows, start, kept_tokens = [], 0, 0
+    begins = np.full((2 * depth, sum(layout.counts)), -1, dtype=np.int32)
+    for kind, (places, length) in enumerate(zip(chosen, layout.lengths, strict=True)):
         if places:
-            first = to_device(torch.from_numpy(start + np.concatenate(places, axis=1) * length), torch.device(device))
+            kept_here = np.concatenate(places, axis=1)
+            count, first_sequence = kept_here.shape[1], sum(layout.counts[:kind])
+            own = kept_tokens + np.arange(count, dtype=np.int32) * length
+            np.put_along_axis(begins, first_sequence + kept_here, np.broadcast_to(own, kept_here.shape), axis=1)
+            first = to_device(torch.from_numpy(start + kept_here * length), torch.device(device))
             rows.append((first[:, :, None] + torch.arange(length, device=device)).flatten(1))
-        start += tokens
+            kept_tokens += count * length
+        start += layout.tokens[kind]
     of_branch = torch.cat(rows, dim=1).unbind(0)
+    begins_of_branch = to_device(torch.from_numpy(begins), torch.device(device)).unbind(0)
     part = Layout(tuple(sum(p.shape[1] for p in places) for places in chosen), layout.lengths)
     scales = tuple(crops / count for crops, count in zip(per_group, keep, strict=True))
-    kept = [Kept(branch, part, scales) for branch in of_branch]
+    kept = [Kept(r, part, scales, begins) for r, begins in zip(of_branch, begins_of_branch, strict=True)]
     return list(zip(kept[::2], kept[1::2], strict=True))

@@ -2,11 +2,21 @@
 
 from training.model.heads import Factored, HeadConfig, Network, Outputs, ProjectionHead
 from training.model.packing import Attend, Kept, Layout, attend_per_length
-from training.model.vision_transformer import SIZES, Tokens, VisionTransformer, VisionTransformerConfig
+from training.model.vision_transformer import (
+    SIZES,
+    Block,
+    Compute,
+    Tokens,
+    VisionTransformer,
+    VisionTransformerConfig,
+    compute_block,
+)
 
 __all__ = [
     "SIZES",
     "Attend",
+    "Block",
+    "Compute",
     "Factored",
     "HeadConfig",
     "Kept",
@@ -18,4 +28,5 @@ __all__ = [
     "VisionTransformer",
     "VisionTransformerConfig",
     "attend_per_length",
+    "compute_block",
 ]

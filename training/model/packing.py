@@ -45,6 +45,8 @@ class Kept(NamedTuple):
     """Of those rows alone."""
     scales: tuple[float, ...]
     """Per length: sequences / kept sequences, so that the expectation stays."""
+    places: Int[Tensor, "sequences"] | None = None
+    """Of every sequence, the first of its rows among `rows`, -1 where it is left out: int32, for kernels."""
 
 
 Attend = Callable[[Tensor, Layout], Tensor]

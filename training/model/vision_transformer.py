@@ -6,7 +6,7 @@ nothing of training: sharding, the choice of masks and of what stochastic depth 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -101,6 +101,11 @@ class VisionTransformer(nn.Module):
         for block in self.blocks:
             block.attn.attend = attend
 
+    def use_blocks(self, compute: Compute) -> None:
+        """Compute all blocks with `compute`, in place of `compute_block`."""
+        for block in self.blocks:
+            block.compute = compute
+
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """The class tokens."""
         return self.tokens(images).class_token
@@ -175,6 +180,7 @@ class Block(nn.Module):
         hidden = int(config.width * config.mlp_ratio)
         self.mlp = SwiGLU(config.width, hidden) if config.feed_forward == "swiglu" else Mlp(config.width, hidden)
         self.ls2 = layer_scale(config)
+        self.compute: Compute = compute_block
 
     def forward(
         self,
@@ -183,8 +189,23 @@ class Block(nn.Module):
         kept_attention: Kept | None = None,
         kept_feed_forward: Kept | None = None,
     ) -> Float[Tensor, "tokens d"]:
-        x = add_branch(x, lambda y, part: self.ls1(self.attn(self.norm1(y), part)), layout, kept_attention)
-        return add_branch(x, lambda y, _: self.ls2(self.mlp(self.norm2(y))), layout, kept_feed_forward)
+        return self.compute(self, x, layout, kept_attention, kept_feed_forward)
+
+
+Compute = Callable[[Block, Tensor, Layout, Kept | None, Kept | None], Tensor]
+"""A block, (tokens, d), their layout, what its attention and its feed-forward keep -> (tokens, d)"""
+
+
+def compute_block(
+    block: Block,
+    x: Float[Tensor, "tokens d"],
+    layout: Layout,
+    kept_attention: Kept | None = None,
+    kept_feed_forward: Kept | None = None,
+) -> Float[Tensor, "tokens d"]:
+    """One branch after the other, each step a pass of its own: the reference of kernels that fuse them."""
+    x = add_branch(x, lambda y, part: block.ls1(block.attn(block.norm1(y), part)), layout, kept_attention)
+    return add_branch(x, lambda y, _: block.ls2(block.mlp(block.norm2(y))), layout, kept_feed_forward)
 
 
 class Attention(nn.Module):
