@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_losses import losses
 from benchmarks.gpu_training import training_steps
 
 RESULTS = Path(__file__).parent / "results"
@@ -42,6 +43,7 @@ def main() -> int:
     parts = (
         ("block_products", block_products),
         ("vision_transformer", vision_transformers),
+        ("losses", lambda torch, document: losses(torch, document, median_seconds)),
         ("training", lambda torch, document: training_steps(torch, document, median_seconds)),
     )
     for name, measure in parts:

@@ -18,7 +18,7 @@ from tests.training.tiny import SERVER
 
 
 def compile_launches(run: Callable[[], None]) -> dict[str, str]:
-    """{kernel: what ptxas says of its registers}. Fails where anything does not compile."""
+    """{kernel: what ptxas says of the registers of each launch}. Fails where anything does not compile."""
     mine, theirs = SERVER.Pipe()
     process = SERVER.Process(target=_compile_here, args=(run, theirs), daemon=True)
     process.start()
@@ -56,7 +56,8 @@ def _compile_here(run: Callable[[], None], sent: Any) -> None:
 
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = launch(kernel, *arguments, grid=grid, warmup=True, **options)
-        found[kernel.fn.__name__] = _resources(triton, compiled.asm["ptx"])
+        name = kernel.fn.__name__
+        found[name] = f"{found.get(name, '')} {_resources(triton, compiled.asm['ptx'])};"
         return compiled
 
     triton.runtime.driver.set_active(Driver())

@@ -1,5 +1,7 @@
 """Kernels that ran in the interpreter also compile for an H100, without spilling registers."""
 
+import re
+
 import torch
 
 from tests.training.kernels.hopper import compile_launches
@@ -8,7 +10,7 @@ from tests.training.kernels.hopper import compile_launches
 def test_losses_compile_for_a_hopper_gpu() -> None:
     found = compile_launches(losses)
     assert set(found) == {"_column_parts", "_row_parts", "_forward", "_backward"}
-    assert all(" 0 bytes spill stores" in f" {told}" for told in found.values()), found
+    assert not any(re.search(r"[1-9]\d* bytes spill", told) for told in found.values()), found
 
 
 def losses() -> None:
