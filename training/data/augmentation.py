@@ -106,7 +106,17 @@ def draw_jitter(random: np.random.Generator) -> tuple[tuple[int, float], ...]:
 
 def render(pixels: np.ndarray, crop: Crop, out: np.ndarray) -> None:
     """Write a crop of pixels, (h, w, 3) uint8, into out, (3, size, size) uint8."""
+    cut(pixels, crop, out)
+    colour(out, crop)
+
+
+def cut(pixels: np.ndarray, crop: Crop, out: np.ndarray) -> None:
+    """The geometry of `render`."""
     to_planes(resized(pixels, crop, out.shape[-1]), crop.flip, out)
+
+
+def colour(out: np.ndarray, crop: Crop) -> None:
+    """The rest of `render`, in place."""
     planes = out.reshape(3, -1)
     if crop.jitter is not None:
         jitter(planes, np.array([o for o, _ in crop.jitter]), np.array([f for _, f in crop.jitter], np.float32))

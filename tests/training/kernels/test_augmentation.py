@@ -1,0 +1,84 @@
+"""Crops finished on the device are those that the CPU renders with the same drawn numbers."""
+
+import itertools
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from training.data import augmentation, finishing
+from training.data.augmentation import Crop
+from training.data.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from training.data.finishing import drawn_numbers
+from training.kernels import augmentation as kernel
+
+PHOTO = np.array(Image.open(Path(__file__).parents[2] / "embeddings/mona_lisa.jpg").convert("RGB"))
+LEVELS = (0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)
+"""A mean and a deviation that leave pixels as they are."""
+PLAIN = Crop(0, 0, 0, 0, False, None, False, None, False)
+FACTORS = {BRIGHTNESS: 1.37, CONTRAST: 0.62, SATURATION: 1.18, HUE: -0.09}
+
+
+def cases() -> list[Crop]:
+    """Every order of the colours, and every combination of what follows them."""
+    orders = [tuple((int(o), FACTORS[o]) for o in order) for order in itertools.permutations(FACTORS)]
+    crops = [replace(PLAIN, jitter=order) for order in orders]
+    for grey, blur, solarise in itertools.product((False, True), (None, 0.11, 2.0), (False, True)):
+        crops.append(replace(PLAIN, jitter=orders[len(crops) % 24], grey=grey, blur=blur, solarise=solarise))
+    return [*crops, PLAIN]
+
+
+def uncoloured(count: int, size: int) -> np.ndarray:
+    """Parts of a photograph, contrast raised so that levels are cut off on both sides, (count, 3, size, size)."""
+    random = np.random.default_rng(size)
+    top, left = (random.integers(0, side - size, count) for side in PHOTO.shape[:2])
+    crops = np.stack([PHOTO[y : y + size, x : x + size] for y, x in zip(top, left, strict=True)]).astype(float)
+    noise = random.normal(0, 25, crops.shape)
+    return np.ascontiguousarray(np.clip(2 * crops - 90 + noise, 0, 255).astype(np.uint8).transpose(0, 3, 1, 2))
+
+
+@pytest.mark.parametrize(("name", "size"), [("plain", 24), ("plain", 9), ("plain", 98), ("triton", 24), ("triton", 40)])
+def test_colours_are_the_cpu_s_to_the_bit_and_blurs_within_a_level(name: str, size: int) -> None:
+    finish = finishing.finish if name == "plain" else kernel.finish
+    crops = cases() if size != 40 else cases()[20::3]
+    before = uncoloured(len(crops), size)
+    wanted = before.copy()
+    for crop, out in zip(crops, wanted, strict=True):
+        augmentation.colour(out, crop)
+    drawn = torch.from_numpy(np.stack([drawn_numbers(crop) for crop in crops]))
+    got = finish(torch.from_numpy(before.copy()), drawn, *LEVELS).numpy()
+    assert got.dtype == np.float32 and got.shape == before.shape
+    difference = np.abs(got - wanted)
+    for crop, of in zip(crops, difference, strict=True):
+        if crop.blur is None:
+            assert of.max() < 1e-3, crop
+        elif not crop.solarise:  # a level at 128 is 127 away
+            assert of.max() < 1.001 and (of > 0.5).mean() < 0.01, crop
+        else:
+            assert (of > 0.5).mean() < 0.01, crop
+
+
+def test_kernel_and_reference_agree_on_normalised_crops_whatever_the_memory() -> None:
+    config = augmentation.DataConfig(source="x")
+    crops = torch.from_numpy(uncoloured(6, 17)).flip(-1)[:, :, ::1]
+    drawn = torch.from_numpy(np.stack([drawn_numbers(crop) for crop in cases()[-6:]]))
+    wanted = finishing.finish(crops, drawn, config.mean, config.std)
+    got = kernel.finish(crops.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), drawn, config.mean, config.std)
+    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
+
+
+def test_no_crop_at_all_is_none() -> None:
+    for finish in (finishing.finish, kernel.finish):
+        assert finish(torch.zeros(0, 3, 8, 8, dtype=torch.uint8), torch.zeros(0, 11), *LEVELS).shape == (0, 3, 8, 8)
+
+
+def test_every_pixel_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **options: empty(*shape, **options).fill_(torch.nan))
+    monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, 255))
+    drawn = torch.from_numpy(np.stack([drawn_numbers(PLAIN), drawn_numbers(replace(PLAIN, blur=1.0))]))
+    got = kernel.finish(torch.zeros(2, 3, 33, 33, dtype=torch.uint8), drawn, *LEVELS)
+    assert torch.equal(got, torch.zeros(2, 3, 33, 33))
