@@ -50,6 +50,8 @@ class TrainingDisplay:
                     f"{event['stage']}: {goes_on}, {event['steps']} steps, processes: {event['processes']}",
                     soft_wrap=True,
                 )
+        elif event["event"] == "kernels":
+            console.print(f"{event['stage']}: {describe_kernels(event)}", soft_wrap=True)
         elif event["event"] == "figures":
             note = describe(event)
             if self.progress is not None and self.task is not None:
@@ -57,6 +59,18 @@ class TrainingDisplay:
             elif 10 * event["step"] // self.steps > self.said:
                 self.said = 10 * event["step"] // self.steps
                 console.print(f"{event['stage']}: step {event['step']} of {self.steps}, {note}", soft_wrap=True)
+
+
+def describe_kernels(event: dict[str, Any]) -> str:
+    """What was chosen, with the times of one block where it was timed."""
+    parts = []
+    for option, name in event["kernels"].items():
+        timed = [
+            f"{other} {taken * 1000:.2f} ms" if isinstance(taken, float) else f"{other} cannot run"
+            for other, taken in event["timings_s"].get(option, {}).items()
+        ]
+        parts.append(f"{option} {name}" + (f" ({', '.join(timed)})" if timed else ""))
+    return ", ".join(parts)
 
 
 def describe(event: dict[str, Any]) -> str:

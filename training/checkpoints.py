@@ -46,6 +46,8 @@ class Checkpoints:
     def __init__(self, folder: Path, config: TrainConfig) -> None:
         self.folder = folder
         self.config = config
+        self.kernels: dict[str, str] = {}
+        """What was chosen for this training: stored, and read back by `resume`."""
         # A group of its own: its collectives run in a thread beside those of the training.
         self._group = dist.new_group(backend="gloo")
         self._under_way: threading.Thread | None = None
@@ -118,6 +120,7 @@ class Checkpoints:
                 for name, files in weights.items():
                     write_weights(partial / (f"model-{name}" if distils else "model"), files, self.config, name)
                 document = {"step": step, "processes": dist.get_world_size(), "config": identity(self.config)}
+                document["kernels"] = self.kernels
                 _write(partial / STATE, json.dumps(document, indent=1).encode())
                 partial.rename(final)
                 _sync(self.folder)
@@ -162,6 +165,7 @@ class Checkpoints:
         state = state_of(models)
         dcp.load(state, checkpoint_id=path, process_group=self._group)
         set_state(models, state)
+        self.kernels = document.get("kernels", {})
         self._last = int(document["step"])
         return self._last
 

@@ -125,11 +125,24 @@ class ParallelConfig(BaseModel, extra="forbid"):
 class KernelConfig(BaseModel, extra="forbid"):
     """What computes where plain torch is not the fastest; nothing here changes what is computed but rounding."""
 
+    attention: Literal["auto", "sdpa", "varlen", "triton"] = Field(
+        "sdpa",
+        description="sdpa: torch's, one call per length of crop; varlen: torch's for packed crops; triton: ours, not "
+        "measured on a GPU yet; auto: the fastest on the first start, which a continuation keeps",
+    )
+    branches: Literal["auto", "reference", "triton"] = Field(
+        "reference",
+        description="what lies between a block's products; triton: one pass each, not measured on a GPU yet; auto: the "
+        "faster on the first start, which a continuation keeps",
+    )
     losses: Literal["reference", "triton"] = Field(
         "reference", description="Sinkhorn-Knopp and cross-entropies; triton: streamed, no matrix of targets is stored"
     )
     student_logits: Literal["stored", "chunked"] = Field(
         "stored", description="chunked: a few rows at a time, with their gradients, never all: saves memory"
+    )
+    augmentation: Literal["reference", "triton"] = Field(
+        "reference", description="with data.augment_on: device; triton: two passes over all crops of a size"
     )
 
 
@@ -268,7 +281,7 @@ def identity(config: TrainConfig) -> dict[str, Any]:
         if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("affects_output") is False
     }
     document = config.model_dump(mode="json", exclude=out | {"stages"})
-    for name in ("workers", "prefetch", "reads_in_flight", "index_folder"):
+    for name in ("workers", "prefetch", "reads_in_flight", "index_folder", "augment_on"):
         document["data"].pop(name, None)
     return document
 

@@ -81,16 +81,21 @@ class Log:
         """A line of its own, k-NN accuracy say. With a `step`."""
         if self.listener is not None:
             self.listener({"event": "figures", **line})
+        self.note(line)
         if rank() != 0:
             return
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
         numbers = {key: value for key, value in line.items() if isinstance(value, (int, float)) and key != "step"}
         if self._board is not None:
             for key, value in numbers.items():
                 self._board.add_scalar(key, value, line["step"])
         if self._wandb is not None:
             self._wandb.log(numbers, step=line["step"])
+
+    def note(self, line: dict[str, Any]) -> None:
+        """A line of log.jsonl alone, of what is no figure. With a `step`."""
+        if rank() == 0:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
 
     def close(self) -> None:
         """Flush what is open."""

@@ -26,6 +26,7 @@ from training.checkpoints import Checkpoints, newest_weights, whole
 from training.collectives import rank, world_size
 from training.config import TrainConfig, stages
 from training.flops import peak_flops, training_of_image
+from training.kernels import choice
 from training.logs import Listener, Log
 from training.model import VisionTransformer
 from training.schedules import values_at
@@ -136,6 +137,7 @@ class Stage:
             self.log = Log(self.folder, self.name, config.logging, first, self.listener)
             self._keep_configuration()
             self._say({"event": "stage", "first": first, "steps": config.steps, "processes": world_size()})
+            self._choose_kernels(models, checkpoints, first)
         self.latest: dict[str, float] = {}
         self.flops = self._flops()
         step, stopped = first, False
@@ -176,6 +178,17 @@ class Stage:
         newest = checkpoints.all()[-1]
         weights = sorted(str(path) for path in newest.glob("model*"))
         return Result(self.name, step, config.steps, stopped, str(self.folder), weights, self.latest)
+
+    def _choose_kernels(self, models: Models, checkpoints: Checkpoints, step: int) -> None:
+        """Once per training: a continuation has them in its checkpoint. Plain torch that was not timed is not told."""
+        chosen = choice.choose(self.config, self.device, checkpoints.kernels)
+        learners = [network for learner in models.learners for network in (learner.student, learner.average)]
+        choice.use(chosen, [*learners, models.teacher])
+        checkpoints.kernels = chosen.names()
+        if chosen != choice.Chosen():
+            told = {"kernels": chosen.names(), "timings_s": chosen.timings}
+            self.log.note({"stage": self.name, "step": step, **told})
+            self._say({"event": "kernels", **told})
 
     def _hand_in(
         self, step: int, figures: dict[str, dict[str, Tensor]], batches: list[Batch], waited: float, stop: float

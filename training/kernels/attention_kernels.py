@@ -11,9 +11,7 @@ which adds nothing to a sum over rows; a key past the end is masked.
 import triton
 import triton.language as tl
 
-from training.kernels import INTERPRET
-
-INTERPRETED: tl.constexpr = tl.constexpr(INTERPRET)
+INTERPRETED: tl.constexpr = tl.constexpr(triton.knobs.runtime.interpret)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
