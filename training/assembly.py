@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from curation.errors import UserError
-from training import parallel
+from training import finishing, parallel
 from training.losses import make_centering
 from training.losses.choice import choose
 from training.model import HeadConfig, Network, VisionTransformerConfig
@@ -32,6 +32,7 @@ def assemble(config: TrainConfig, device: torch.device, initial: str | None = No
     Raises UserError for a folder that is not one, or of another model.
     """
     cross_entropies, columns = choose(config.kernels, device)
+    finish = finishing.choose(config.kernels.augmentation, device)
     mesh = parallel.make_mesh(config.parallel, device)
     if config.distill is None:
         learner = _learner("model", config.model, config.heads, config, mesh, device, initial)
@@ -57,6 +58,7 @@ def assemble(config: TrainConfig, device: torch.device, initial: str | None = No
         make_centering(kind, ibot, iterations, momentum, columns).to(device),
         device,
         cross_entropies,
+        finish,
     )
 
 

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from training.collectives import sum_over_processes, world_size
+from training.finishing import Finish, finish
 from training.losses import Centering, chosen_patches, koleo_loss
 from training.losses.choice import CrossEntropies, WithMatrices
 from training.model import Layout, Network, Outputs
@@ -53,6 +54,7 @@ class Models:
     ibot_centering: Centering
     device: torch.device
     cross_entropies: CrossEntropies = field(default_factory=WithMatrices)
+    finish: Finish = finish
 
     @property
     def distils(self) -> bool:
@@ -75,6 +77,10 @@ def train_step(
         crops = [to_device(batch.global_crops, models.device)]
         if len(batch.local_crops):
             crops.append(to_device(batch.local_crops, models.device))
+        if batch.drawn is not None:
+            drawn = batch.drawn.split([len(c) for c in crops])
+            told = config.data.mean, config.data.std
+            crops = [models.finish(c, numbers, *told) for c, numbers in zip(crops, drawn, strict=True)]
 
         # The teacher sees the global crops whole; its logits become targets.
         with torch.no_grad():

@@ -12,6 +12,7 @@ import numpy as np
 
 from training.data.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION, grey, jitter, solarise, to_planes
 from training.data.config import DataConfig
+from training.finishing import GREY_AT, NUMBERS, OPERATIONS, SIGMA_AT, SOLARISE_AT
 
 FLIP, JITTER, GREY, SOLARISE = 0.5, 0.8, 0.2, 0.2
 BRIGHTNESS_RANGE = CONTRAST_RANGE = 0.4
@@ -152,3 +153,26 @@ def augment(pixels: np.ndarray, config: DataConfig, random: np.random.Generator)
     for recipe, out in zip(recipes(config), [*large, *small], strict=True):
         render(pixels, draw(recipe, *pixels.shape[:2], random), out)
     return large, small
+
+
+def cut_crops(
+    pixels: np.ndarray, config: DataConfig, random: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The crops of `augment`, only cut, and what was drawn for the rest, (2 + local_crops, 11) float32."""
+    large = np.empty((2, 3, config.global_size, config.global_size), np.uint8)
+    small = np.empty((config.local_crops, 3, config.local_size, config.local_size), np.uint8)
+    crops = []
+    for recipe, out in zip(recipes(config), [*large, *small], strict=True):
+        crops.append(draw(recipe, *pixels.shape[:2], random))
+        cut(pixels, crops[-1], out)
+    return large, small, np.stack([drawn_numbers(crop) for crop in crops])
+
+
+def drawn_numbers(crop: Crop) -> np.ndarray:
+    """(11,) float32: all of a crop that is not geometry, as `training.finishing` takes it."""
+    numbers = np.zeros(NUMBERS, np.float32)
+    numbers[:OPERATIONS] = -1
+    for place, (operation, factor) in enumerate(crop.jitter or ()):
+        numbers[place], numbers[OPERATIONS + place] = operation, factor
+    numbers[GREY_AT], numbers[SIGMA_AT], numbers[SOLARISE_AT] = crop.grey, crop.blur or 0, crop.solarise
+    return numbers

@@ -42,9 +42,9 @@ class Batch:
     """What one process gets for one micro-step; crop-major: all samples' first crop, then all samples' second."""
 
     global_crops: Tensor
-    """(2 b, 3, H, W) float32, normalised."""
+    """(2 b, 3, H, W) float32, normalised; where `drawn` says what is left to do, uint8."""
     local_crops: Tensor
-    """(local_crops b, 3, h, w) float32, normalised."""
+    """(local_crops b, 3, h, w), as well."""
     masks: Tensor
     """(2 b, patches) bool, all False for crops that are not masked."""
     image_ids: Tensor
@@ -53,6 +53,8 @@ class Batch:
     """(b,) int64: position in the stream, step * global batch + index in the global batch."""
     replaced: int
     """Broken images that were skipped and replaced in this micro-batch."""
+    drawn: Tensor | None = None
+    """((2 + local_crops) b, 11) float32, on the CPU: `training.finishing`'s numbers of all crops."""
 
 
 def micro_batch_size(global_batch: int, world_size: int, accumulate: int, group_size: int) -> int:
@@ -206,13 +208,15 @@ def _finished(micro_batches: Iterator[dict[str, Any]], config: DataConfig, devic
             raise made["error"]
         for image_id, reason in made["broken"]:
             log.info("image %d of %s is skipped: %s", image_id, config.source, reason)
+        large, small, drawn = made["large"], made["small"], made.get("drawn")
         yield Batch(
-            normalised(made["large"]),
-            normalised(made["small"]),
+            normalised(large) if drawn is None else large.to(device, non_blocking=True),
+            normalised(small) if drawn is None else small.to(device, non_blocking=True),
             made["masks"].to(device, non_blocking=True),
             made["image_ids"],
             made["sample_numbers"],
             len(made["broken"]),
+            drawn,
         )
 
 

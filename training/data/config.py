@@ -32,6 +32,11 @@ class DataConfig(BaseModel, extra="forbid"):
         description="probability of a Gaussian blur of global crop 1, global crop 2, the local crops; the released "
         "models saw these (the public code inverts what it says: 1, .1, .5)",
     )
+    augment_on: Literal["cpu", "device"] = Field(
+        "cpu",
+        description="who colours, blurs and normalises the crops: the loader's workers, or the training's device, with "
+        "the same drawn numbers; nothing changes but a level of some blurred pixels",
+    )
     mask_probability: float = Field(0.5, ge=0, le=1, description="share of a group's global crops that are masked")
     mask_ratio: tuple[float, float] = Field(
         (0.1, 0.5), description="share of a masked crop's patches, stratified over the masked crops of a group"

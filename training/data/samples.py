@@ -28,12 +28,16 @@ DECODED_AHEAD = 3
 
 @dataclass
 class Sample:
-    """large: (2, 3, H, H), small: (local_crops, 3, h, h) uint8. broken: (image_id, reason) of what was skipped."""
+    """large: (2, 3, H, H), small: (local_crops, 3, h, h) uint8. broken: (image_id, reason) of what was skipped.
+
+    drawn: (2 + local_crops, 11), what `training.finishing` has to do with crops that are only cut; None: nothing.
+    """
 
     number: int
     image_id: int
     large: np.ndarray
     small: np.ndarray
+    drawn: np.ndarray | None = None
     broken: list[tuple[int, str]] = field(default_factory=list)
 
 
@@ -71,8 +75,12 @@ class SampleMaker:
             while left and len(waiting) < DECODED_AHEAD:
                 waiting.append(self._decoding.submit(self._pixels, left.popleft()))
             image_id, pixels, broken = waiting.popleft().result()
-            large, small = augmentation.augment(pixels, self._config, generator(self._seed, f"augment:{number}"))
-            made.append(Sample(number, image_id, large, small, broken))
+            random = generator(self._seed, f"augment:{number}")
+            if self._config.augment_on == "device":
+                crops: tuple[np.ndarray, ...] = augmentation.cut_crops(pixels, self._config, random)
+            else:
+                crops = augmentation.augment(pixels, self._config, random)
+            made.append(Sample(number, image_id, *crops, broken=broken))
         return made
 
     def close(self) -> None:
@@ -102,7 +110,9 @@ class SampleMaker:
 
 def stack(samples: Sequence[Sample]) -> dict[str, Any]:
     """Crop-major arrays of some samples."""
-    return {
+    drawn = [sample.drawn for sample in samples if sample.drawn is not None]
+    left = {"drawn": np.stack(drawn, axis=1).reshape(-1, drawn[0].shape[1])} if drawn else {}
+    return left | {
         "large": np.stack([sample.large for sample in samples], axis=1).reshape(-1, *samples[0].large.shape[1:]),
         "small": np.stack([sample.small for sample in samples], axis=1).reshape(-1, *samples[0].small.shape[1:]),
         "image_ids": np.array([sample.image_id for sample in samples], np.int64),

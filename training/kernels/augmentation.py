@@ -1,6 +1,6 @@
 """Colours, blur, solarisation and normalisation of all crops of one size, in two launches.
 
-The kernel of `training.data.finishing.finish`, with the same rounding to 8 bits after each operation. A program of the
+The kernel of `training.finishing.finish`, with the same rounding to 8 bits after each operation. A program of the
 first reads its crop twice, the second time out of the cache: once for the mean grey that contrast pulls towards, which
 the operations before it change, and once to write the coloured crop as 8 bits. A program of the second takes a stretch
 of a crop's pixels, with their neighbours where it is blurred, and writes float32. Bytes per value: 1 read, 1 + 1
@@ -16,9 +16,18 @@ import torch
 import triton
 import triton.language as tl
 
-from training.data.augmentation import BLUR_SIDE
-from training.data.colour import BRIGHTNESS, CONTRAST, SATURATION
-from training.data.finishing import GREY, NUMBERS, OPERATIONS, SIGMA, SOLARISE, normalisation
+from training.finishing import (
+    BLUR_SIDE,
+    BRIGHTNESS,
+    CONTRAST,
+    GREY_AT,
+    NUMBERS,
+    OPERATIONS,
+    SATURATION,
+    SIGMA_AT,
+    SOLARISE_AT,
+    normalisation,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
@@ -29,13 +38,13 @@ PIXELS = 1024
 
 _BRIGHTNESS, _CONTRAST, _SATURATION = (tl.constexpr(int(o)) for o in (BRIGHTNESS, CONTRAST, SATURATION))
 _NUMBERS, _OPERATIONS, _REACH = tl.constexpr(NUMBERS), tl.constexpr(OPERATIONS), tl.constexpr(BLUR_SIDE // 2)
-_GREY, _SIGMA, _SOLARISE = tl.constexpr(GREY), tl.constexpr(SIGMA), tl.constexpr(SOLARISE)
+_GREY, _SIGMA, _SOLARISE = tl.constexpr(GREY_AT), tl.constexpr(SIGMA_AT), tl.constexpr(SOLARISE_AT)
 
 
 def finish(
     crops: UInt8[Tensor, "n 3 h w"], drawn: Float[Tensor, "n 11"], mean: Sequence[float], std: Sequence[float]
 ) -> Float[Tensor, "n 3 h w"]:
-    """As `training.data.finishing.finish`; mirrored borders take sides of at least 5 pixels."""
+    """As `training.finishing.finish`; mirrored borders take sides of at least 5 pixels."""
     count, _, height, width = crops.shape
     crops = crops.contiguous()
     out = torch.empty(crops.shape, dtype=torch.float32, device=crops.device)

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from torch import Tensor
 
-from curation.errors import UserError
-from training.kernels import INTERPRET, prototypes, require_triton
+from training.kernels import prototypes, require_triton
 from training.losses import streaming, terms
 from training.losses.centering import Centering, Columns, Targets, sinkhorn_columns
 from training.model import Factored
@@ -76,9 +75,7 @@ class Streamed:
 def choose(config: KernelConfig, device: torch.device) -> tuple[CrossEntropies, Columns]:
     """(losses, what computes Sinkhorn-Knopp's columns). Raises UserError for kernels that cannot run here."""
     if config.losses == "triton":
-        require_triton("kernels.losses: triton")
-        if device.type == "cpu" and not INTERPRET:
-            raise UserError("kernels.losses: triton needs a GPU; set kernels.losses: reference")
+        require_triton("kernels.losses: triton", device.type)
         from training.kernels import cross_entropy
         from training.kernels.sinkhorn import sinkhorn_columns as columns
 

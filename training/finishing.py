@@ -1,8 +1,8 @@
 """What a device does to crops that are cut already: colours, blur, solarisation, normalisation, of all at once.
 
-The same operations with the same drawn numbers as on the CPU (`augmentation.colour`), rounding to 8 bits after each;
-this is plain torch on any device, and what `training.kernels.augmentation` is held to. Colours are equal to the CPU's
-to the bit; a blur may be a level away, as OpenCV's weights have 8 bits.
+The same operations with the same drawn numbers as on the CPU (`training.data.augmentation.colour`), rounding to 8 bits
+after each; this is plain torch on any device, and what `training.kernels.augmentation` is held to. Colours are equal to
+the CPU's to the bit; a blur may be a level away, as OpenCV's weights have 8 bits.
 """
 
 from __future__ import annotations
@@ -10,18 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from training.data.augmentation import BLUR_SIDE, Crop
-from training.data.colour import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from training.kernels import require_triton
 
 if TYPE_CHECKING:
     from jaxtyping import Float, UInt8
 
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
+BLUR_SIDE = 9
+"""As `training.data` has them, which a machine that only trains need not be able to import."""
 OPERATIONS = 4
-GREY, SIGMA, SOLARISE, NUMBERS = 8, 9, 10, 11
+GREY_AT, SIGMA_AT, SOLARISE_AT, NUMBERS = 8, 9, 10, 11
 """A crop's drawn numbers, float32: operations of `colour` in their order (-1: none), their factors, grey, sigma of the
 blur in pixels (0: none), solarise."""
 
@@ -29,14 +30,14 @@ Finish = Callable[["UInt8[Tensor, 'n 3 h w']", "Float[Tensor, 'n 11']", Sequence
 """(crops, drawn numbers, mean, std) -> (n, 3, h, w) float32, normalised: `finish`, or its kernel."""
 
 
-def drawn_numbers(crop: Crop) -> np.ndarray:
-    """(11,) float32: all of a crop that is not geometry."""
-    numbers = np.zeros(NUMBERS, np.float32)
-    numbers[:OPERATIONS] = -1
-    for place, (operation, factor) in enumerate(crop.jitter or ()):
-        numbers[place], numbers[OPERATIONS + place] = operation, factor
-    numbers[GREY], numbers[SIGMA], numbers[SOLARISE] = crop.grey, crop.blur or 0, crop.solarise
-    return numbers
+def choose(kind: str, device: torch.device) -> Finish:
+    """kind: reference or triton. Raises UserError for kernels that cannot run here."""
+    if kind == "reference":
+        return finish
+    require_triton("kernels.augmentation: triton", device.type)
+    from training.kernels import augmentation
+
+    return augmentation.finish
 
 
 def finish(
@@ -50,12 +51,12 @@ def finish(
             if len(rows):
                 factor = drawn[drawn[:, place] == operation, OPERATIONS + place].to(x.device).view(-1, 1, 1, 1)
                 x[rows] = apply(x[rows], factor)
-    rows = chosen(drawn[:, GREY] > 0, x.device)
+    rows = chosen(drawn[:, GREY_AT] > 0, x.device)
     x[rows] = luma(x[rows]).expand(-1, 3, -1, -1)
-    rows = chosen(drawn[:, SIGMA] > 0, x.device)
+    rows = chosen(drawn[:, SIGMA_AT] > 0, x.device)
     if len(rows):
-        x[rows] = blurred(x[rows], drawn[drawn[:, SIGMA] > 0, SIGMA].to(x.device))
-    rows = chosen(drawn[:, SOLARISE] > 0, x.device)
+        x[rows] = blurred(x[rows], drawn[drawn[:, SIGMA_AT] > 0, SIGMA_AT].to(x.device))
+    rows = chosen(drawn[:, SOLARISE_AT] > 0, x.device)
     x[rows] = torch.where(x[rows] < 128, x[rows], 255 - x[rows])
     scale, shift = normalisation(mean, std)
     return x.mul_(scale.to(x.device).view(3, 1, 1)).sub_(shift.to(x.device).view(3, 1, 1))
