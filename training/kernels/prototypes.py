@@ -72,7 +72,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         matrix = prototypes.to(features.dtype)
         by_crop = features.unflatten(0, (crops, samples))
         of_features = torch.empty_like(by_crop, memory_format=torch.contiguous_format)
-        of_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
+        of_prototypes: Tensor | None = None
         loss = torch.zeros((), dtype=torch.float32, device=features.device)
         for rows in even_slices(samples, max(1, chunk // (crops * len(prototypes)))):
             x = by_crop[:, rows].flatten(0, 1)
@@ -84,8 +84,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             coefficients = torch.full_like(losses, factor) if of_rows is None else of_rows * factor
             backend.gradient(logits, part, temperature, *sums, coefficients, logits, crossed=crossed)
             of_features[:, rows] = (logits @ matrix).unflatten(0, (crops, -1))
-            of_prototypes += float32_product(logits.T, x)
+            product = float32_product(logits.T, x)
+            of_prototypes = product if of_prototypes is None else of_prototypes.add_(product)
             del logits  # before the next chunk's are made
+        if of_prototypes is None:
+            of_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
         ctx.gradients = of_features.flatten(0, 1), of_prototypes
         ctx.dtype = prototypes.dtype
         return loss

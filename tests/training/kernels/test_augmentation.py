@@ -48,7 +48,8 @@ def uncoloured(count: int, size: int) -> np.ndarray:
 @pytest.mark.parametrize(("name", "size"), [("plain", 24), ("plain", 9), ("plain", 98), ("triton", 24), ("triton", 40)])
 def test_colours_are_the_cpu_s_to_the_bit_and_blurs_within_a_level(name: str, size: int) -> None:
     finish = finishing.finish if name == "plain" else kernel.finish
-    crops = cases()[:: 1 if name == "plain" else 2] if size != 40 else cases()[2::6]  # 40: more than one tile
+    # The interpreter is slow; 40 x 40 pixels are more than one tile.
+    crops = cases() if name == "plain" else cases()[::4] if size == 24 else cases()[1::8]
     before = uncoloured(len(crops), size)
     wanted = before.copy()
     for crop, out in zip(crops, wanted, strict=True):
@@ -68,8 +69,8 @@ def test_colours_are_the_cpu_s_to_the_bit_and_blurs_within_a_level(name: str, si
 
 def test_kernel_and_reference_agree_on_normalised_crops_whatever_the_memory() -> None:
     config = augmentation.DataConfig(source="x")
-    crops = torch.from_numpy(uncoloured(6, 17)).flip(-1)[:, :, ::1]
-    drawn = torch.from_numpy(np.stack([drawn_numbers(crop) for crop in cases()[-6:]]))
+    crops = torch.from_numpy(uncoloured(3, 17)).flip(-1)[:, :, ::1]
+    drawn = torch.from_numpy(np.stack([drawn_numbers(crop) for crop in cases()[-4:-1]]))
     wanted = finishing.finish(crops, drawn, config.mean, config.std)
     got = kernel.finish(crops.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2), drawn, config.mean, config.std)
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)

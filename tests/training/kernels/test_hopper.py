@@ -18,13 +18,12 @@ def losses_and_augmentation() -> None:
     from training.kernels.sinkhorn import sinkhorn_columns
     from training.losses import Targets
 
-    for prototypes, dtype in ((65536, torch.bfloat16), (32, torch.float32)):
-        teacher, student = torch.zeros(2, prototypes, dtype=dtype), torch.zeros(10, prototypes, dtype=dtype)
-        sinkhorn_columns(teacher, 0.07)
-        targets = Targets(teacher, 0.07, torch.zeros(prototypes))
-        for rows, crossed in ((student, True), (student[:2], False)):
-            sums = torch.zeros(len(rows)), torch.zeros(2)
-            cross_entropy.row_losses(rows, targets, 0.1, crossed=crossed)
-            cross_entropy.gradient(rows, targets, 0.1, *sums, torch.ones(len(rows)), rows, crossed=crossed)
+    teacher, student = (torch.zeros(rows, 65536, dtype=torch.bfloat16) for rows in (2, 10))
+    sinkhorn_columns(teacher, 0.07)
+    targets = Targets(teacher, 0.07, torch.zeros(65536))
+    for rows, crossed in ((student, True), (student[:2], False)):
+        sums = torch.zeros(len(rows)), torch.zeros(2)
+        cross_entropy.row_losses(rows, targets, 0.1, crossed=crossed)
+        cross_entropy.gradient(rows, targets, 0.1, *sums, torch.ones(len(rows)), rows, crossed=crossed)
     crops = torch.zeros(2, 3, 98, 98, dtype=torch.uint8)
     augmentation.finish(crops, torch.zeros(2, 11), (0.5, 0.5, 0.5), (0.2, 0.2, 0.2))

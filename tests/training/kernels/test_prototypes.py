@@ -102,7 +102,7 @@ def test_a_training_in_chunks_is_one_with_all_logits(
     tmp_path: Any, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prototypes, "CHUNK", 300)
-    told = {"steps": 2, "batch_size": 4, **changes}
+    told = {"steps": 2, "batch_size": 2 * changes.get("accumulate", 1), **changes}
     run_here(tmp_path / "kept", **told | {"kernels": {}})
     run_here(tmp_path / "chunks", **told | {"kernels": changes.get("kernels", {}) | {"student_logits": "chunked"}})
     for mine, theirs in zip(figures(tmp_path / "chunks"), figures(tmp_path / "kept"), strict=True):
@@ -127,3 +127,17 @@ def test_bfloat16_reaches_the_losses_in_chunks() -> None:
         found.append(train_step(models, [make_batch(config, 0, 4)], values, config)["model"])
     for name, theirs in found[0].items():
         assert float(found[1][name]) == pytest.approx(float(theirs), rel=0.03), name
+
+
+def test_several_students_learn_from_one_teacher_in_chunks(tmp_path: Any) -> None:
+    run_here(tmp_path / "teacher", steps=2, batch_size=2)
+    shape = tiny().model.model_dump()
+    weights = str(tmp_path / "teacher/pretrain/checkpoints/step-000000002/model")
+    distill = {"teacher": weights, "students": {"narrow": shape | {"width": 8}, "shallow": shape | {"depth": 1}}}
+    found = []
+    for kept in ("stored", "chunked"):
+        config = tiny(kernels={"student_logits": kept}, batch_size=4, distill=distill)
+        models = assemble(config, parallel.start())
+        figures_of = train_step(models, [make_batch(config, 0, 4)], values_at(1, config.schedule, 2, 4), config)
+        found.append({f"{s}/{n}": float(v) for s, of in figures_of.items() for n, v in of.items()})
+    assert found[0] == pytest.approx(found[1], rel=1e-4) and len(found[0]) == 14

@@ -28,7 +28,7 @@ def assignment(logits: Tensor, temperature: float, iterations: int = 3) -> Tenso
     return Targets(logits, temperature, columns).matrix().double()
 
 
-@pytest.mark.parametrize(("rows", "prototypes"), [(1, 5), (3, 1), (48, 130), (37, 1024), (35, 2049)])
+@pytest.mark.parametrize(("rows", "prototypes"), [(1, 5), (3, 1), (48, 130), (11, 1024), (19, 2049)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_assignments_equal_float64(rows: int, prototypes: int, dtype: torch.dtype) -> None:
     logits = torch.randn(rows, prototypes).to(dtype)
