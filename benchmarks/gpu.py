@@ -16,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu_augmentation import augmentation
 from benchmarks.gpu_losses import losses
 from benchmarks.gpu_training import training_steps
 
@@ -44,13 +45,19 @@ def main() -> int:
         ("block_products", block_products),
         ("vision_transformer", vision_transformers),
         ("losses", lambda torch, document: losses(torch, document, median_seconds)),
+        ("augmentation", lambda torch, document: augmentation(torch, document, median_seconds)),
         ("training", lambda torch, document: training_steps(torch, document, median_seconds)),
     )
     for name, measure in parts:
         if time.monotonic() - began > BUDGET_S:
             document[name] = "not measured: out of time"
             continue
-        document[name] = measure(torch, document)
+        try:
+            document[name] = measure(torch, document)
+        except Exception as error:  # the other parts are worth having
+            document[name] = f"failed: {type(error).__name__}: {str(error)[:500]}"
+            document["failures"].append(f"{name}: {document[name]}")
+        torch.cuda.empty_cache()
     document["seconds"] = round(time.monotonic() - began, 1)
     folder = Path(os.environ.get("OUT", RESULTS))
     folder.mkdir(parents=True, exist_ok=True)
