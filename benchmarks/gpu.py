@@ -2,8 +2,8 @@
 
 Needs torch and numpy only. Measures the machine's two ceilings (memory bandwidth, bf16 matrix rate), then
 the float32 block products of the duplicate join against float64, the embedding ViTs forward and whole training steps,
-eager and compiled, as shares of those ceilings. Writes benchmarks/results/gpu-DEVICE.json (or to $OUT). Without a GPU:
-one sentence, exit code 2.
+eager and compiled, as shares of those ceilings. Writes benchmarks/results/gpu-DEVICE.json (or to $OUT); `python -m
+benchmarks.gpu blocks training` measures these parts alone. Without a GPU: one sentence, exit code 2.
 """
 
 import json
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_augmentation import augmentation
+from benchmarks.gpu_blocks import blocks
 from benchmarks.gpu_losses import losses
 from benchmarks.gpu_training import training_steps
 
@@ -25,7 +26,7 @@ BUDGET_S = 480
 
 
 def main() -> int:
-    """Run everything within the budget and write the figures. Returns an exit code."""
+    """Run everything, or the parts that are named, within the budget and write the figures. Returns an exit code."""
     import torch
 
     if not torch.cuda.is_available():
@@ -44,11 +45,15 @@ def main() -> int:
     parts = (
         ("block_products", block_products),
         ("vision_transformer", vision_transformers),
+        ("blocks", lambda torch, document: blocks(torch, document, median_seconds)),
         ("losses", lambda torch, document: losses(torch, document, median_seconds)),
         ("augmentation", lambda torch, document: augmentation(torch, document, median_seconds)),
         ("training", lambda torch, document: training_steps(torch, document, median_seconds)),
     )
+    asked = sys.argv[1:]
     for name, measure in parts:
+        if asked and name not in asked:
+            continue
         if time.monotonic() - began > BUDGET_S:
             document[name] = "not measured: out of time"
             continue
@@ -61,7 +66,7 @@ def main() -> int:
     document["seconds"] = round(time.monotonic() - began, 1)
     folder = Path(os.environ.get("OUT", RESULTS))
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"gpu-{device.lower().replace(' ', '-')}.json"
+    path = folder / f"{'-'.join(['gpu', *device.lower().split(), *asked])}.json"
     path.write_text(json.dumps(document, indent=1) + "\n")
     sys.stdout.write(json.dumps(document, indent=1) + f"\n{path}\n")
     return 1 if document["failures"] else 0
