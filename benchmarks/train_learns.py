@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--work", type=Path, default=Path(".cache/train-learns"), help="checkpoints and images")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--train", type=int, default=5000, help="labelled images that vote")
     parser.add_argument("--test", type=int, default=5000, help="labelled images that are asked")
