@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-TILE, SAMPLES_PER_PROGRAM = 2048, 8
+TILE, SAMPLES_PER_PROGRAM, STAGES = 2048, 8, 3
 """Columns of a program of 4 warps, 32 bytes of bfloat16 per thread; teacher rows that it sees where each has a single
-student row. Not measured on a device yet."""
+student row; rows under way ahead of the one at hand, without which every sum over the tile would wait for its row. Not
+measured on a device yet."""
 
 
 def row_losses(
@@ -65,6 +66,7 @@ def row_losses(
             CROSSED=crossed,
             SAMPLES=per_program,
             TILE=tile,
+            STAGES=STAGES,
             num_warps=4,
         )
     # One number per row and tile is left: torch puts the tiles together.
@@ -125,6 +127,7 @@ def gradient(
             CROSSED=crossed,
             SAMPLES=per_program,
             TILE=tile,
+            STAGES=STAGES,
             num_warps=4,
         )
 
@@ -151,12 +154,12 @@ def by_rows(x: Float[Tensor, "n prototypes"]) -> Float[Tensor, "n prototypes"]:
 
 
 @triton.jit
-def _load_logits(pointer, row, stride, column, inside):
+def _load(pointer, row, stride, column, inside):
     return tl.load(pointer + row * stride + column, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _weights(x, inside):
+def _softmax(x, inside):
     """(weights that sum to 1 over the tile, log-sum-exp) of x in units of ln 2."""
     x = tl.where(inside, x, float("-inf"))
     highest = tl.max(x, axis=0)
@@ -184,35 +187,42 @@ def _forward(
     CROSSED: tl.constexpr,
     SAMPLES: tl.constexpr,
     TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles  # neighbours in memory run at one time
-    block = tl.program_id(0) // tiles
+    start = (tl.program_id(0) // tiles * SAMPLES).to(tl.int64)
     column = tile * TILE + tl.arange(0, TILE)
     inside = column < prototypes
     potential = tl.zeros([TILE], tl.float32)
     if HAS_COLUMNS:
         potential = tl.load(columns + column, mask=inside, other=0.0) * LOG2E
     plane = tl.cast(samples, tl.int64) * crops * tiles
-    start = (block * SAMPLES).to(tl.int64)
-    for i in range(0, tl.minimum(SAMPLES, samples - block * SAMPLES)):
-        sample = start + i
-        x = _load_logits(teacher, sample, teacher_stride, column, inside)
-        first, total = _weights(x * teacher_scale + potential, inside)
-        tl.store(of_teacher + sample * tiles + tile, total)
-        if CROSSED:
-            x = _load_logits(teacher, samples + sample, teacher_stride, column, inside)
-            second, total = _weights(x * teacher_scale + potential, inside)
-            tl.store(of_teacher + (samples + sample) * tiles + tile, total)
-        for crop in range(0, crops):
-            row = crop * samples + sample
-            s = _load_logits(student, row, student_stride, column, inside)
-            y = tl.where(inside, s * student_scale, float("-inf"))
-            highest = tl.max(y, axis=0)
+    if CROSSED:
+        x = _load(teacher, start, teacher_stride, column, inside)
+        z = _load(teacher, samples + start, teacher_stride, column, inside)
+        first, first_sum = _softmax(x * teacher_scale + potential, inside)
+        second, second_sum = _softmax(z * teacher_scale + potential, inside)
+        tl.store(of_teacher + start * tiles + tile, first_sum)
+        tl.store(of_teacher + (samples + start) * tiles + tile, second_sum)
+        for crop in tl.range(0, crops, num_stages=STAGES):
+            row = crop * samples + start
+            s = _load(student, row, student_stride, column, inside)
+            _, total = _softmax(s * student_scale, inside)
             out = of_student + row * tiles + tile
-            tl.store(out, (highest + tl.log2(tl.sum(tl.exp2(y - highest), axis=0))) * LN2)
+            tl.store(out, total)
             tl.store(out + plane, tl.sum(first * s, axis=0))
-            if CROSSED:
-                tl.store(out + 2 * plane, tl.sum(second * s, axis=0))
+            tl.store(out + 2 * plane, tl.sum(second * s, axis=0))
+    else:
+        for i in tl.range(0, tl.minimum(SAMPLES, samples - start.to(tl.int32)), num_stages=STAGES):
+            row = start + i
+            x = _load(teacher, row, teacher_stride, column, inside)
+            s = _load(student, row, student_stride, column, inside)
+            weights, total = _softmax(x * teacher_scale + potential, inside)
+            tl.store(of_teacher + row * tiles + tile, total)
+            _, total = _softmax(s * student_scale, inside)
+            out = of_student + row * tiles + tile
+            tl.store(out, total)
+            tl.store(out + plane, tl.sum(weights * s, axis=0))
 
 
 @triton.jit(do_not_specialize=["samples", "crops"])
@@ -238,32 +248,34 @@ def _backward(
     CROSSED: tl.constexpr,
     SAMPLES: tl.constexpr,
     TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles
-    block = tl.program_id(0) // tiles
+    start = (tl.program_id(0) // tiles * SAMPLES).to(tl.int64)
     column = tile * TILE + tl.arange(0, TILE)
     inside = column < prototypes
     potential = tl.zeros([TILE], tl.float32)
     if HAS_COLUMNS:
         potential = tl.load(columns + column, mask=inside, other=0.0) * LOG2E
-    start = (block * SAMPLES).to(tl.int64)
-    for i in range(0, tl.minimum(SAMPLES, samples - block * SAMPLES)):
-        sample = start + i
-        x = _load_logits(teacher, sample, teacher_stride, column, inside) * teacher_scale + potential
-        first = tl.exp2(x - tl.load(teacher_sums + sample) * LOG2E)
-        if CROSSED:
-            x = _load_logits(teacher, samples + sample, teacher_stride, column, inside) * teacher_scale + potential
-            second = tl.exp2(x - tl.load(teacher_sums + samples + sample) * LOG2E)
-        for crop in range(0, crops):
-            row = crop * samples + sample
-            s = _load_logits(student, row, student_stride, column, inside)
+    if CROSSED:
+        x = _load(teacher, start, teacher_stride, column, inside) * teacher_scale + potential
+        z = _load(teacher, samples + start, teacher_stride, column, inside) * teacher_scale + potential
+        first = tl.exp2(x - tl.load(teacher_sums + start) * LOG2E)
+        second = tl.exp2(z - tl.load(teacher_sums + samples + start) * LOG2E)
+        for crop in tl.range(0, crops, num_stages=STAGES):
+            row = crop * samples + start
+            s = _load(student, row, student_stride, column, inside)
             p = tl.exp2(s * student_scale - tl.load(student_sums + row) * LOG2E)
-            if CROSSED:
-                from_first = tl.where(crop == 0, 0.0, 1.0)
-                from_second = tl.where(crop == 1, 0.0, 1.0)
-                p = (from_first + from_second) * p - (from_first * first + from_second * second)
-            else:
-                p = p - first
+            from_first, from_second = tl.where(crop == 0, 0.0, 1.0), tl.where(crop == 1, 0.0, 1.0)
+            p = (from_first + from_second) * p - (from_first * first + from_second * second)
             p *= tl.load(coefficients + row) * factor
-            place = out + row * out_stride + column
-            tl.store(place, p.to(out.dtype.element_ty), mask=inside)
+            tl.store(out + row * out_stride + column, p.to(out.dtype.element_ty), mask=inside)
+    else:
+        for i in tl.range(0, tl.minimum(SAMPLES, samples - start.to(tl.int32)), num_stages=STAGES):
+            row = start + i
+            x = _load(teacher, row, teacher_stride, column, inside)
+            s = _load(student, row, student_stride, column, inside)
+            q = tl.exp2(x * teacher_scale + potential - tl.load(teacher_sums + row) * LOG2E)
+            p = tl.exp2(s * student_scale - tl.load(student_sums + row) * LOG2E)
+            p = (p - q) * (tl.load(coefficients + row) * factor)
+            tl.store(out + row * out_stride + column, p.to(out.dtype.element_ty), mask=inside)

@@ -29,7 +29,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Tiles, not measured on a device yet. A column tile is so wide that 4 warps reading 16 bytes per thread cover it: rows
 # then lie within a thread, and nothing crosses threads before the end. A row tile of 2,048 is 32 bytes per thread.
 COLUMN_TILE, ROWS_AT_ONCE, PROGRAMS = 1024, 8, 1024
-ROW_TILE, ROWS_PER_PROGRAM = 2048, 8
+ROW_TILE, ROWS_PER_PROGRAM, STAGES = 2048, 8, 3
 
 
 @torch.no_grad()
@@ -104,6 +104,7 @@ def row_parts(
             scale,
             ROWS=ROWS_PER_PROGRAM,
             TILE=tile,
+            STAGES=STAGES,
             num_warps=4,
         )
     return parts
@@ -156,6 +157,7 @@ def _row_parts(
     scale,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     tile = tl.program_id(0) % tiles  # neighbours in memory run at one time
     block = tl.program_id(0) // tiles
@@ -163,7 +165,7 @@ def _row_parts(
     inside = column < prototypes
     potential = tl.load(of_column + column, mask=inside, other=0.0) * LOG2E  # once for all rows of the program
     first = (block * ROWS).to(tl.int64)
-    for i in range(0, tl.minimum(ROWS, rows - block * ROWS)):
+    for i in tl.range(0, tl.minimum(ROWS, rows - block * ROWS), num_stages=STAGES):
         row = first + i
         x = tl.load(logits + row * stride + column, mask=inside, other=0.0).to(tl.float32)
         x = tl.where(inside, x * scale + potential, float("-inf"))
