@@ -27,7 +27,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
 # Tiles, not measured on a device yet. A column tile is so wide that 4 warps reading 16 bytes per thread cover it: rows
-# then lie within a thread, and nothing crosses threads before the end. A row tile of 2,048 is 32 bytes per thread.
+# then lie within a thread, and nothing crosses threads before the end. A row tile of 2,048 is 32 bytes per thread;
+# its sum waits for all of them, so the next rows are under way meanwhile.
 COLUMN_TILE, ROWS_AT_ONCE, PROGRAMS = 1024, 8, 1024
 ROW_TILE, ROWS_PER_PROGRAM, STAGES = 2048, 8, 3
 
