@@ -30,9 +30,7 @@ class Targets(NamedTuple):
     def matrix(self) -> Float[Tensor, "n prototypes"]:
         """(n, prototypes) float32, rows that sum to 1."""
         scores = self.logits.float() / self.temperature
-        if self.columns is not None:
-            scores = scores + self.columns
-        return torch.exp(scores - torch.logsumexp(scores, dim=1, keepdim=True))
+        return normalised(scores if self.columns is None else scores + self.columns)
 
     def rows(self, rows: slice, halves: int = 1) -> Targets:
         """Of those rows of each of `halves` equal parts."""
@@ -47,7 +45,8 @@ def sinkhorn(
 
     A process may hold another number of rows than its neighbours, none included.
     """
-    return Targets(logits, temperature, sinkhorn_columns(logits, temperature, iterations)).matrix()
+    scores = logits.float() / temperature
+    return normalised(scores + _columns(scores, iterations))
 
 
 @torch.no_grad()
@@ -55,7 +54,10 @@ def sinkhorn_columns(
     logits: Float[Tensor, "n prototypes"], temperature: float, iterations: int = 3
 ) -> Float[Tensor, "prototypes"]:
     """What Sinkhorn-Knopp adds per prototype, float32; the rows' part follows from rows that sum to 1."""
-    scores = logits.float() / temperature
+    return _columns(logits.float() / temperature, iterations)[0]
+
+
+def _columns(scores: Float[Tensor, "n prototypes"], iterations: int) -> Float[Tensor, "1 prototypes"]:
     rows = scores.new_full((), len(scores))
     log_share = math.log(scores.shape[1]) - sum_over_processes(rows).log()
     of_row, of_column = scores.new_zeros(len(scores), 1), scores.new_zeros(1, scores.shape[1])
@@ -63,7 +65,12 @@ def sinkhorn_columns(
         of_column = -(logsumexp_over_processes(scores + of_row) + log_share)
         if iteration < iterations - 1:
             of_row = -torch.logsumexp(scores + of_column, dim=1, keepdim=True)
-    return of_column[0]
+    return of_column
+
+
+def normalised(scores: Float[Tensor, "n prototypes"]) -> Float[Tensor, "n prototypes"]:
+    """The last row pass of Sinkhorn-Knopp."""
+    return torch.exp(scores - torch.logsumexp(scores, dim=1, keepdim=True))
 
 
 def logsumexp_over_processes(x: Float[Tensor, "n prototypes"]) -> Float[Tensor, "1 prototypes"]:
@@ -125,7 +132,7 @@ class SinkhornKnopp(nn.Module):
 
     def targets(self, logits: Float[Tensor, "n prototypes"], temperature: float) -> Float[Tensor, "n prototypes"]:
         """(n, prototypes), rows that sum to 1."""
-        return self.potentials(logits, temperature).matrix()
+        return sinkhorn(logits, temperature, self.iterations)
 
     @torch.no_grad()
     def potentials(self, logits: Float[Tensor, "n prototypes"], temperature: float) -> Targets:
