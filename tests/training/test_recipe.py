@@ -112,7 +112,7 @@ def test_stochastic_depth_belongs_to_groups_and_not_to_processes() -> None:
 
     def crops(kept: object, samples: int, offset: int) -> list[set[tuple[int, int, int]]]:
         """(size, view, sample) of what a branch keeps."""
-        rows, layout, _ = kept  # type: ignore[misc]
+        rows, layout, *_ = kept  # type: ignore[misc]
         found, start, at = [], 0, 0
         for size, (count, length) in enumerate(zip(layout.counts, layout.lengths, strict=True)):
             places = (rows[at : at + count * length].reshape(count, length)[:, 0] - start) // length

@@ -1,9 +1,11 @@
 """Kernels run in Triton's interpreter here: tests/conftest.py asks for it before anything imports triton."""
 
+import importlib.util
+
 import pytest
 import torch
 
-pytest.importorskip("triton")
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["test_*.py"]
 
 
 @pytest.fixture(autouse=True)
