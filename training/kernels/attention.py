@@ -41,19 +41,21 @@ WHOLE = 64
 
 
 def power_of_two(n: int) -> int:
-    """The next, and at least 16: what a matrix product needs."""
+    """The next one, and at least 16: what a matrix product needs."""
     return max(16, 1 << (n - 1).bit_length())
 
 
-def tiles(length: int, channels: int, bytes_per_number: int) -> Tiles:
-    """By length alone, so that equal runs give equal bits: no tuning at run time."""
+def tiles(kernel: str, length: int, channels: int, bytes_per_number: int) -> Tiles:
+    """Of `forward`, `backward_queries` or `backward_keys`, by length alone, so that equal runs give equal bits."""
     if length <= WHOLE:
         return Tiles(power_of_two(length), 64, 4, 1)
     wide = channels > 64 or bytes_per_number > 2
+    # dk and dv take most registers: with blocks of 32 three programs fit a multiprocessor, with 64 two (at 257 tokens).
+    others = 32 if wide or kernel == "backward_keys" else 64
     if length <= 512 or wide:
         # 257 = 4 x 64 + 1: tiles of 128 would compute 384 rows, tiles of 64 compute 320.
-        return Tiles(64, 32 if channels * bytes_per_number > 256 else 64, 4, 1 if wide else 2)
-    return Tiles(128, 64, 8, 2)
+        return Tiles(64, others, 4, 1 if wide else 2)
+    return Tiles(128, others, 8, 2)
 
 
 def attend_triton(qkv: Tensor, layout: Layout) -> Tensor:
@@ -76,7 +78,7 @@ def forward(qkv: Tensor, counts: list[int], lengths: list[int]) -> tuple[Tensor,
     lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
     first = 0
     for count, length in zip(counts, lengths, strict=True):
-        cut = tiles(length, channels, qkv.element_size())
+        cut = tiles("forward", length, channels, qkv.element_size())
         if count:
             kernels.forward[(count * heads * -(-length // cut.own),)](
                 qkv, out, lse, first, tokens, heads, *qkv.stride()[:3], scale_of(channels),
@@ -105,21 +107,25 @@ def backward(gradient: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, counts: li
     corrections = torch.empty_like(lse) if max(lengths, default=0) > WHOLE else lse
     width, first = power_of_two(channels), 0
     for count, length in zip(counts, lengths, strict=True):
-        cut = tiles(length, channels, qkv.element_size())
         place = (first, tokens, heads, *qkv.stride()[:3], *gradient.stride()[:2], scale_of(channels), length, channels)
-        options = {"num_warps": cut.warps, "num_stages": cut.stages}
         first += count * length
         if count == 0:
             continue
         if length <= WHOLE:
+            cut = tiles("backward_whole", length, channels, qkv.element_size())
             kernels.backward_whole[(count * heads,)](
-                qkv, gradient, lse, result, *place, width, power_of_two(length), **options
+                qkv, gradient, lse, result, *place, width, cut.own, num_warps=cut.warps, num_stages=cut.stages
             )
             continue
-        grid = (count * heads * -(-length // cut.own),)
-        shape = (width, cut.own, cut.others, cut.tail(length))
-        kernels.backward_queries[grid](qkv, out, gradient, lse, corrections, result, *place, *shape, **options)
-        kernels.backward_keys[grid](qkv, gradient, lse, corrections, result, *place, *shape, **options)
+        for name, tensors in (
+            ("backward_queries", (qkv, out, gradient, lse, corrections, result)),
+            ("backward_keys", (qkv, gradient, lse, corrections, result)),
+        ):
+            cut = tiles(name, length, channels, qkv.element_size())
+            getattr(kernels, name)[(count * heads * -(-length // cut.own),)](
+                *tensors, *place, width, cut.own, cut.others, cut.tail(length),
+                num_warps=cut.warps, num_stages=cut.stages,
+            )  # fmt: skip
     return result
 
 

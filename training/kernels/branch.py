@@ -69,6 +69,8 @@ def compute_triton(
 
 def place_of(kept: Kept | None, layout: Layout) -> Place:
     """Of what a branch keeps."""
+    if kept is not None and kept.places is None:
+        raise ValueError("kept sequences without their places")
     if kept is None:
         return Place(None, [1.0] * len(layout.counts), sum(layout.tokens), layout)
     return Place(kept.places, list(kept.scales), sum(kept.layout.tokens), kept.layout)
