@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.training.tiny import figures, run_here
+from curation.errors import UserError
+from tests.training.tiny import figures, run_here, tiny
+from training import kernels
+from training.assembly import assemble
 from training.kernels import cross_entropy, sinkhorn
 from training.losses import Center, SinkhornKnopp, Targets, terms
 from training.losses.streaming import Backend, dino_loss, gradient, ibot_loss, row_losses
@@ -126,6 +129,18 @@ def test_every_element_is_written_and_gradients_may_replace_their_logits(
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-6)
     cross_entropy.gradient(student, targets, STUDENT, *sums, coefficients, student, crossed=crossed)
     assert torch.equal(student, out)
+
+
+def test_kernels_that_cannot_run_here_are_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"losses": {"losses": "triton"}, "augmentation": {"augmentation": "triton"}}
+    monkeypatch.setattr(kernels, "INTERPRET", False)
+    for name, changes in told.items():
+        with pytest.raises(UserError, match=rf"kernels.{name}: triton: needs a GPU; set reference"):
+            assemble(tiny(kernels=changes), torch.device("cpu"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
+    for name, changes in told.items():
+        with pytest.raises(UserError, match=rf"kernels.{name}: triton: needs Triton, which is not installed here"):
+            assemble(tiny(kernels=changes), torch.device("cpu"))
 
 
 def test_what_is_not_finite_stays_so() -> None:
