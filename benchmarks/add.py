@@ -40,14 +40,15 @@ def pieces(vectors: str, old: int, kind: str, memory_bytes: int) -> Any:
             mine = rows[(rows + part.first_row >= old) == fresh]
             if len(mine) and not (kind == "old" and fresh):
                 nodes = (mine + part.first_row).astype(np.uint32)
-                found += file_pieces(part.path, nodes, mine, fresh or kind != "new", most)
+                found += file_pieces(part.path, nodes, mine, fresh or kind != "new", most, int(fresh))
     return Members(bundled(found, most), known.dimension, known.dtype == "halffloat", known.rows)
 
 
 def joined(vectors: str, old: int, kind: str, recall: float, folder: str, cells: str | None) -> dict[str, Any]:
-    """One join; its forest and cells are left in the folder."""
+    """One join; its forest and cells are left in the folder, and assignments as a run keeps them."""
     from curation.duplicates.cells import Cells
     from curation.duplicates.join import self_join
+    from curation.duplicates.kept import SUFFIX, Kept
     from curation.duplicates.scratch import Scratch
     from curation.duplicates.tasks import JoinOptions
 
@@ -63,13 +64,19 @@ def joined(vectors: str, old: int, kind: str, recall: float, folder: str, cells:
     members = pieces(vectors, old, kind, options.memory_bytes)
     given = None if cells is None else Cells.from_bytes(Path(cells).read_bytes())
     ids = np.arange(members.count, dtype=np.uint64)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        found = self_join(members, ids, options, Scratch(f"{scratch}/s"), spread, cells=given)
     name = kind if cells else f"{kind}-own"
+    older = Path(folder, "old-own")
+    keep = Kept(f"{folder}/{name}", {p.stem: str(p) for p in older.glob(f"*{SUFFIX}")} if kind == "new" else {})
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        found = self_join(members, ids, options, Scratch(f"{scratch}/s"), spread, cells=given, keep=keep)
     np.save(f"{folder}/{name}.npy", found.forest)
     if found.cells is not None:
         Path(folder, f"{name}.cells").write_bytes(found.cells.to_bytes())
-    return {"report": found.report, "cpu_seconds_by_task": phases.document()["cpu_seconds_by_phase"]}
+    return {
+        "report": found.report,
+        "kept_bytes": sum(record["bytes"] for record in found.kept.values()),
+        "cpu_seconds_by_task": phases.document()["cpu_seconds_by_phase"],
+    }
 
 
 def agreement(one: np.ndarray, other: np.ndarray) -> dict[str, Any]:

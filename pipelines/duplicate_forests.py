@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from curation import storage
 from curation.duplicates import join
 from curation.duplicates.forest import ForestMerger, Nodes, chunked, from_table, to_table
+from curation.duplicates.kept import SUFFIX, Kept
 from curation.duplicates.members import Members
 from curation.duplicates.scratch import Scratch
 from curation.duplicates.tasks import JoinOptions, Spread
@@ -30,10 +31,11 @@ if TYPE_CHECKING:
     from pipelines.stages.dedup import DedupConfig
 
 SEARCH = "dedup-search"
-SEARCH_REVISION = 3
+SEARCH_REVISION = 4
 LIBRARIES = ("faiss-cpu", "numpy")
 SWEEP = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
 CELLS = "cells.bin"
+KEPT = "cells"
 
 
 @dataclass(frozen=True)
@@ -124,6 +126,7 @@ class Search:
             spread_of(self.context, SEARCH),
             thresholds,
             **stored_cells(earlier, CELLS),
+            **self._keeping(earlier),
         )
         merger = ForestMerger(nodes.count)
         merger.add(found.forest)
@@ -131,6 +134,7 @@ class Search:
             for rows in StoredForest(tuple(earlier[-1].part_paths), nodes):
                 merger.add(rows)
         put_cells(self.generation, CELLS, getattr(found, "cells", None), earlier)
+        self.generation.files |= {f"{KEPT}/{name}": dict(record) for name, record in found.kept.items()}
         self._write(merger.result(), nodes, found.report)
         scratch.remove()
         return found.report
@@ -138,6 +142,19 @@ class Search:
     def forest(self, nodes: Nodes) -> StoredForest:
         """The forest of the pool above the stored threshold, after `run`."""
         return StoredForest(tuple(self.context.stage(SEARCH).generations()[-1].part_paths), nodes)
+
+    def _keeping(self, earlier: Sequence[Generation]) -> dict[str, Any]:
+        """The argument `keep` of the join, where another generation can come after this one."""
+        assert self.generation is not None
+        if "filter" not in self.generation.consumed or self.max_edges is not None:
+            return {}
+        known = {
+            name.removeprefix(f"{KEPT}/").removesuffix(SUFFIX): generation.file(name)
+            for generation in earlier
+            for name in generation.files
+            if name.startswith(f"{KEPT}/")
+        }
+        return {"keep": Kept(self.generation.file(KEPT), known)}
 
     def _options(self) -> JoinOptions:
         return JoinOptions(

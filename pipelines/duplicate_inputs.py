@@ -167,7 +167,9 @@ class Inputs:
             begin = span.stop
             path = files[part].vectors
             assert path is not None
-            pieces += file_pieces(path, (nodes + offset).astype(np.uint32), positions, files[part].fresh, max_rows)
+            file = files[part]
+            numbers = (nodes + offset).astype(np.uint32)
+            pieces += file_pieces(path, numbers, positions, file.fresh, max_rows, file.generation)
         return pieces
 
 

@@ -7,17 +7,21 @@ and with visitors. Sketches (64 bytes) travel, vectors are read only for the pai
 Functions whose first argument is a `Scratch` run in workers.
 """
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 
-from curation import products, sketch
+from curation import products, sketch, storage
+from curation.duplicates import kept
 from curation.duplicates.cells import SKETCH_WORDS, Cells
 from curation.duplicates.components import components
 from curation.duplicates.forest import EDGE, ForestMerger, edges
+from curation.duplicates.kept import Kept
 from curation.duplicates.members import Members
 from curation.duplicates.scratch import Reader, Scratch
 from curation.duplicates.stored import fetch, rows_name
@@ -32,11 +36,18 @@ ALIKE = np.float32(0.99)
 """Similarity that equal vectors exceed, of unit length and rounded to float16."""
 
 
-def join_by_cells(members: Members, cells: Cells, options: JoinOptions, scratch: Scratch, spread: Spread) -> np.ndarray:
+def join_by_cells(
+    members: Members, cells: Cells, options: JoinOptions, scratch: Scratch, spread: Spread, keep: Kept | None = None
+) -> np.ndarray:
     """The forest of the pairs that `cells` nominate; rows lie in scratch."""
-    names = [f"cells/{number:05d}" for number in range(len(members.pieces))]
-    calls = [(name, (scratch, name, rows_name(number))) for number, name in enumerate(names) if not scratch.has(name)]
-    for _ in spread(assign_piece, calls, shared=cells):
+    names = assigned_names(members)
+    places = [(None, None) if keep is None else keep.places(piece) for piece in members.pieces]
+    calls = [
+        (name, (scratch, name, rows_name(number), *places[number]))
+        for number, name in enumerate(names)
+        if not scratch.has(name)
+    ]
+    for _ in spread(assign_piece, calls, shared=(cells, storage.sha256(cells.to_bytes()))):
         pass
     sizes = np.zeros((4, len(cells)), np.int64)
     for name, piece in zip(names, members.pieces, strict=True):
@@ -76,25 +87,40 @@ def with_equals(forest: np.ndarray, equal: Sequence[np.ndarray], count: int, thr
     return merger.result()
 
 
-def assign_piece(scratch: Scratch, name: str, rows: str, cells: Cells) -> None:
-    """List one piece's residents by home cell, with their sketches, and its visitors by visited cell."""
-    nodes, stored = scratch.get(rows, "nodes"), scratch.get(rows, "vectors")
+def assigned_names(members: Members) -> list[str]:
+    """The groups of `assign_piece`, by piece."""
+    return [f"cells/{number:05d}" for number in range(len(members.pieces))]
+
+
+def assign_piece(scratch: Scratch, name: str, rows: str, known: str | None, keep: str | None, shared: Any) -> None:
+    """List one piece's residents by home cell, with their sketches, and its visitors by visited cell.
+
+    known: the file where an earlier generation may have left them. keep: the file to leave them in otherwise.
+    """
+    cells, digest = shared
+    made_of = kept.key(digest, scratch.get(rows, "contents"))
+    arrays, record = kept.read(known, made_of), {}
+    if arrays is None:
+        arrays = _assigned(scratch.get(rows, "vectors"), cells)
+        record = {} if keep is None else kept.write(keep, made_of, arrays)
+    nodes = scratch.get(rows, "nodes")[arrays["rows"]]
+    told = np.frombuffer(json.dumps(record).encode(), np.uint8)
+    scratch.put(name, {"nodes": nodes, **arrays, kept.RECORD: told})
+
+
+def _assigned(stored: np.ndarray, cells: Cells) -> dict[str, np.ndarray]:
     homes, visiting, visited, bits = cells.assign(stored)
     order = np.argsort(homes, kind="stable")
     place = np.empty(len(order), np.uint32)
     place[order] = np.arange(len(order), dtype=np.uint32)
     by_cell = np.argsort(visited, kind="stable")
-    scratch.put(
-        name,
-        {
-            "nodes": nodes[order],
-            "rows": order.astype(np.uint32),
-            "sketches": bits[order],
-            "resident_offsets": _offsets(homes, len(cells)),
-            "visitors": place[visiting[by_cell]],
-            "visitor_offsets": _offsets(visited, len(cells)),
-        },
-    )
+    return {
+        "rows": order.astype(np.uint32),
+        "sketches": bits[order],
+        "resident_offsets": _offsets(homes, len(cells)),
+        "visitors": place[visiting[by_cell]],
+        "visitor_offsets": _offsets(visited, len(cells)),
+    }
 
 
 def _offsets(cell: np.ndarray, cells: int) -> np.ndarray:
@@ -285,38 +311,64 @@ def _load(
     low, high: of one cell, just these places.
     """
     cells = task.end - task.first
-    columns: list[list[np.ndarray]] = [[], [], [], [], []]
-    old = np.zeros(cells, np.int64)
-    at = 0
-    for piece in [p for kind in (False, True) for p, fresh in enumerate(kinds) if fresh == kind]:
-        group = f"cells/{piece:05d}"
-        offsets = np.array(scratch.get(group, key)[task.first : task.end + 1])
-        begin, end = int(offsets[0]), int(offsets[-1])
-        cell = np.repeat(np.arange(cells), np.diff(offsets))
-        if not kinds[piece]:
-            old += np.diff(offsets)
-        if high is not None:
-            skipped, taken = max(0, low - at), max(0, min(high - at, end - begin))
-            at += end - begin
-            begin, end, cell = begin + skipped, begin + taken, cell[skipped:taken]
-        if end <= begin:
-            continue
-        places: Any = slice(begin, end) if key == "resident_offsets" else scratch.get(group, "visitors")[begin:end]
-        for column, values in zip(
-            columns,
-            (
-                cell,
-                np.full(end - begin, piece, np.int32),
-                *(scratch.get(group, name)[places] for name in ("rows", "nodes", "sketches")),
-            ),
-            strict=True,
-        ):
-            column.append(values)
-    empty = (np.empty(0, np.int64), np.empty(0, np.int32), np.empty(0, np.uint32), np.empty(0, np.uint32))
-    whole = (*empty, np.empty((0, SKETCH_WORDS), np.uint64))
-    cell, piece_of, row, node, bits = (
-        np.concatenate([none, *parts]) for none, parts in zip(whole, columns, strict=True)
+    pieces = [piece for kind in (False, True) for piece, fresh in enumerate(kinds) if fresh == kind]
+    offsets = [
+        np.array(scratch.get(f"cells/{piece:05d}", key)[task.first : task.end + 1], np.int64) for piece in pieces
+    ]
+    if high is not None:
+        # Of one cell: each piece's places among those asked for.
+        ends = np.cumsum([0, *(int(mine[-1] - mine[0]) for mine in offsets)])
+        inside = np.clip(ends, low, high)
+        offsets = [
+            mine[0] + np.array([begin, end]) - first
+            for mine, first, begin, end in zip(offsets, ends, inside, inside[1:], strict=False)
+        ]
+    counts = np.array([np.diff(mine) for mine in offsets]).reshape(len(pieces), cells)
+    bounds = np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
+    begins = bounds[:-1] + np.cumsum(counts, axis=0) - counts
+    size = int(bounds[-1])
+    held = _Held(
+        np.empty(size, np.int32),
+        np.empty(size, np.int64),
+        np.empty(size, np.uint32),
+        np.empty((size, SKETCH_WORDS), np.uint64),
     )
-    order = np.argsort(cell, kind="stable") if cells > 1 else np.arange(len(cell))
-    bounds = np.concatenate([[0], np.cumsum(np.bincount(cell, minlength=cells))])
-    return _Held(piece_of[order], row[order].astype(np.int64), node[order], bits[order]), bounds, old
+    for piece, mine, begin in zip(pieces, offsets, begins, strict=True):
+        if mine[-1] == mine[0]:
+            continue
+        group = f"cells/{piece:05d}"
+        rows, nodes, bits = (scratch.get(group, name) for name in ("rows", "nodes", "sketches"))
+        if key == "resident_offsets":
+            span = slice(int(mine[0]), int(mine[-1]))
+            columns = (np.arange(span.stop - span.start, dtype=np.uint32), rows[span], nodes[span], bits[span])
+        else:
+            columns = (scratch.get(group, "visitors")[mine[0] : mine[-1]], rows, nodes, bits)
+        _place(piece, mine - mine[0], begin, *columns, held.piece, held.row, held.node, held.bits)
+    return held, bounds, counts[[not kinds[piece] for piece in pieces]].sum(axis=0)
+
+
+@numba.njit(cache=True, nogil=True)
+def _place(
+    piece: int,
+    offsets: np.ndarray,
+    begins: np.ndarray,
+    places: np.ndarray,
+    rows: np.ndarray,
+    nodes: np.ndarray,
+    bits: np.ndarray,
+    piece_of: np.ndarray,
+    row_of: np.ndarray,
+    node_of: np.ndarray,
+    bits_of: np.ndarray,
+) -> None:
+    """Write one piece's residents or visitors of each cell from `begins` on."""
+    for cell in range(len(begins)):
+        at = begins[cell]
+        for k in range(offsets[cell], offsets[cell + 1]):
+            place = places[k]
+            piece_of[at] = piece
+            row_of[at] = rows[place]
+            node_of[at] = nodes[place]
+            for word in range(bits.shape[1]):
+                bits_of[at, word] = bits[place, word]
+            at += 1

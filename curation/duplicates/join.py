@@ -6,16 +6,17 @@ groups of more than k copies apart. Pairs found are true by definition, only rec
 cells that a vector visits are chosen for the recall asked for (`recall`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from curation.duplicates import recall as recalls
-from curation.duplicates.cell_join import join_by_cells
+from curation.duplicates.cell_join import assigned_names, join_by_cells
 from curation.duplicates.cells import Cells
 from curation.duplicates.components import components
+from curation.duplicates.kept import Kept, records
 from curation.duplicates.members import Members
 from curation.duplicates.planning import Plan, find_plan
 from curation.duplicates.scratch import Scratch
@@ -31,6 +32,8 @@ class JoinResult:
     report: dict[str, Any]
     cells: Cells | None = None
     """None where every pair was compared. Later generations are joined through the same cells."""
+    kept: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Bytes and sha256 of the files written, by their names in the folder of `Kept`."""
 
 
 def self_join(
@@ -41,12 +44,14 @@ def self_join(
     spread: Spread = serial,
     thresholds: Sequence[float] = (),
     cells: Cells | None = None,
+    keep: Kept | None = None,
 ) -> JoinResult:
     """Join `members` with themselves; pairs without a fresh end are left out.
 
     ids: (members.count,) uint64, the id of each node: samples are drawn by it. thresholds: where to report recall,
-    beside the target. cells: of an earlier generation, used as they are. Equal vectors and options give an equal
-    forest, however the work is cut and whoever is first.
+    beside the target. cells: of an earlier generation, used as they are. keep: where assignments are left for later
+    generations and found; None: nowhere. Equal vectors and options give an equal forest, however the work is cut and
+    whoever is first.
     """
     fresh, rows = members.fresh_rows, members.rows
     pairs = fresh * rows - fresh * (fresh + 1) // 2
@@ -55,8 +60,10 @@ def self_join(
     plan = find_plan(members, ids, options, scratch, spread, cells)
     if plan is None:
         return JoinResult(exact_join(members, options, scratch, spread), _exact_report(members, options))
-    forest = join_by_cells(members, plan.cells, options, scratch, spread)
-    return JoinResult(forest, _cells_report(members, plan, forest, options, thresholds), plan.cells)
+    keep = keep if options.max_edges is None else None
+    forest = join_by_cells(members, plan.cells, options, scratch, spread, keep)
+    files = records(members, scratch, assigned_names(members))
+    return JoinResult(forest, _cells_report(members, plan, forest, options, thresholds), plan.cells, files)
 
 
 def _exact_report(members: Members, options: JoinOptions) -> dict[str, Any]:

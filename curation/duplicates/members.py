@@ -25,6 +25,10 @@ class Piece:
     """(rows,) uint32 node of each, or the first of consecutive nodes."""
     rows: int
     fresh: bool = True
+    generation: int = 0
+    """What is added later has another one, and goes into bundles of its own."""
+    name: str | None = None
+    """Of a bundle, the same in later generations; None: nothing is kept of it."""
 
     def numbers(self) -> np.ndarray:
         """(rows,) uint32 nodes."""
@@ -40,9 +44,10 @@ class Piece:
 
 @dataclass(frozen=True)
 class Bundle:
-    """Consecutive small pieces that are worked on as one: a run's parts hold a thousand rows each."""
+    """Small pieces of one generation that are worked on as one: a run's parts hold a thousand rows each."""
 
     pieces: tuple[Piece, ...]
+    name: str | None = None
 
     @property
     def rows(self) -> int:
@@ -63,21 +68,28 @@ class Bundle:
 
 
 def bundled(pieces: Sequence[Piece], max_rows: int) -> tuple[Bundle, ...]:
-    """Pieces in bundles of one kind (fresh or not) and about a 64th of all rows, at most `max_rows` where pieces allow.
+    """Pieces in bundles of one generation and about a 64th of its rows, at most `max_rows` where pieces allow.
 
-    Tasks must be few (each keeps an offset per cell) and yet many enough to spread.
+    Tasks must be few (each keeps an offset per cell) and yet many enough to spread. What other generations hold does
+    not matter, so that a generation's bundles are the same ones later.
     """
-    room = min(max_rows, max(SMALLEST_BUNDLE, sum(piece.rows for piece in pieces) // 64))
-    found: list[list[Piece]] = []
-    filled = 0
+    generations: dict[int, list[Piece]] = {}
     for piece in pieces:
-        if found and found[-1][0].fresh == piece.fresh and filled + piece.rows <= room:
-            found[-1].append(piece)
-            filled += piece.rows
-        else:
-            found.append([piece])
-            filled = piece.rows
-    return tuple(Bundle(tuple(group)) for group in found)
+        generations.setdefault(piece.generation, []).append(piece)
+    bundles: list[Bundle] = []
+    for generation, mine in sorted(generations.items()):
+        room = min(max_rows, max(SMALLEST_BUNDLE, sum(piece.rows for piece in mine) // 64))
+        found: list[list[Piece]] = []
+        filled = 0
+        for piece in mine:
+            if found and found[-1][0].fresh == piece.fresh and filled + piece.rows <= room:
+                found[-1].append(piece)
+                filled += piece.rows
+            else:
+                found.append([piece])
+                filled = piece.rows
+        bundles += [Bundle(tuple(group), f"{generation:04d}-{number:05d}") for number, group in enumerate(found)]
+    return tuple(bundles)
 
 
 @dataclass(frozen=True)
@@ -103,14 +115,16 @@ class Members:
         return np.dtype(np.float16 if self.half else np.float32)
 
 
-def file_pieces(path: str, nodes: np.ndarray, positions: np.ndarray | None, fresh: bool, max_rows: int) -> list[Piece]:
+def file_pieces(
+    path: str, nodes: np.ndarray, positions: np.ndarray | None, fresh: bool, max_rows: int, generation: int = 0
+) -> list[Piece]:
     """A file's rows as pieces of about `max_rows` rows, cut between row groups.
 
     nodes: (k,) uint32, of the rows that take part. positions: (k,) rows of the file, ascending; None: all.
     """
     metadata = pq.ParquetFile(open_parquet(path)).metadata
     if metadata.num_rows <= max_rows or metadata.num_row_groups == 1:
-        return [_piece(path, None, nodes, positions, fresh)] if len(nodes) else []
+        return [_piece(path, None, nodes, positions, fresh, generation)] if len(nodes) else []
     pieces = []
     ends = np.cumsum([metadata.row_group(g).num_rows for g in range(metadata.num_row_groups)])
     begin, groups = 0, list[int]()
@@ -122,7 +136,7 @@ def file_pieces(path: str, nodes: np.ndarray, positions: np.ndarray | None, fres
         low, high = (begin, end) if positions is None else np.searchsorted(positions, [begin, end])
         if high > low:
             mine = None if positions is None else positions[low:high] - begin
-            pieces.append(_piece(path, tuple(groups), nodes[low:high], mine, fresh))
+            pieces.append(_piece(path, tuple(groups), nodes[low:high], mine, fresh, generation))
         begin, groups = int(end), []
     return pieces
 
@@ -155,10 +169,14 @@ def max_piece_rows(memory_bytes: int, dimension: int) -> int:
 
 
 def _piece(
-    path: str, groups: tuple[int, ...] | None, nodes: np.ndarray, positions: np.ndarray | None, fresh: bool
+    path: str,
+    groups: tuple[int, ...] | None,
+    nodes: np.ndarray,
+    positions: np.ndarray | None,
+    fresh: bool,
+    generation: int,
 ) -> Piece:
     consecutive = bool((nodes[1:].astype(np.int64) - nodes[:-1] == 1).all())
     small: np.ndarray | int = int(nodes[0]) if consecutive else nodes.astype(np.uint32)
-    return Piece(
-        path, groups, None if positions is None else positions.astype(np.uint32, copy=False), small, len(nodes), fresh
-    )
+    places = None if positions is None else positions.astype(np.uint32, copy=False)
+    return Piece(path, groups, places, small, len(nodes), fresh, generation)

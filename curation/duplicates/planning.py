@@ -20,7 +20,7 @@ MEETING = 2048
 """Sampled rows whose meetings tell what a rule costs; an eighth of them meet all."""
 PRODUCT_NANOSECONDS = 1 / 30
 """Of a multiply-add in float32 products of everything; what a plan is compared with."""
-MEASURED_ROWS = 100_000
+MEASURED_ROWS = 50_000
 """Old rows that new ones are compared with at least, where only those are joined, to measure recall."""
 COPIES_PER_IMAGE = 4096
 """More true pairs than so many per image are no copies: the vectors or the threshold are wrong."""
@@ -102,9 +102,9 @@ def _make_plan(members: Members, ids: np.ndarray, search: Truth, given: Cells | 
     measure = search.pairs(asked.part(chooses, chooses + measures), cells)
     sample = draw(scratch, ids, every, MEETING, options.seed, f"{options.purpose} background").vectors(scratch)
     few = len(sample) // 8
-    background = recalls.Background.of(cells, sample[:few], sample[few:])
     attempts = 1
     if given is None:
+        background = recalls.Background.of(cells, sample[:few], sample[few:])
         if np.count_nonzero(choice["similarity"] > np.float32(options.target)) < recalls.LEAST_PAIRS:
             choice = np.concatenate([choice, recalls.imagined(sample[:few], options.target, cells)])
         chosen, attempts = _choose(choice, measure, (chooses, measures), background, options)
@@ -114,9 +114,7 @@ def _make_plan(members: Members, ids: np.ndarray, search: Truth, given: Cells | 
         if chosen is None or chosen.share * chosen.nanoseconds * different**2 > exact:
             return {"numbers": np.empty(0)}
         cells = cells.with_rule(chosen.rule)
-    rule = cells.rule
-    assert rule is not None
-    share, visits = background.visits(cells, rule)
+    share, visits = recalls.visits(cells, sample[:few], sample[few:])
     return {
         "cells": np.frombuffer(cells.to_bytes(), np.uint8),
         "pairs": measure,

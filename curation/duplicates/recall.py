@@ -71,17 +71,15 @@ class Recall:
 class Background:
     """A sample of vectors that meet in cells: what a rule costs.
 
-    scores: (q, c) float32 of some vectors. shares: (c,) of all rows by home. Of all pairs with r others: gaps
-    (len(EXPONENTS), q r) float32, the reach at which they meet, ascending, and pairs, which ones; first (len(LEFT_OUT),
-    LONGEST_FIRST, q r) and distance (len(LEFT_OUT), q r) uint16 of their sketches.
+    Of all pairs of q with r others: gaps (len(EXPONENTS), q r) float32, the reach at which they meet, ascending, and
+    pairs, which ones; first (len(LEFT_OUT), LONGEST_FIRST, q r) and distance (len(LEFT_OUT), q r) uint16 of their
+    sketches.
     """
 
-    scores: np.ndarray
     gaps: np.ndarray
     pairs: np.ndarray
     first: np.ndarray
     distance: np.ndarray
-    shares: np.ndarray
 
     @classmethod
     def of(cls, cells: Cells, vectors: np.ndarray, homes_of: np.ndarray) -> "Background":
@@ -96,7 +94,6 @@ class Background:
                 if word < sketch.LONGEST_FIRST:
                     first[law, word] = total[law]
         homes = cells.homes(homes_of)
-        members = np.bincount(homes, minlength=len(cells)) + cells.sizes * len(homes)
         best, there = scores.max(axis=1, keepdims=True), scores[:, homes]
         gaps = np.stack([best - (there - cells.handicap(exponent)[homes]) for exponent in EXPONENTS])
         gaps[:, there == best] = -1
@@ -104,17 +101,29 @@ class Background:
         order = np.argsort(gaps, axis=1, kind="stable")
         gaps = np.take_along_axis(gaps, order, axis=1)
         flat, whole = first.reshape(*first.shape[:2], -1), total.reshape(len(total), -1)
-        return cls(scores, gaps, order, flat, whole, members / members.sum())
+        return cls(gaps, order, flat, whole)
 
-    def visited(self, cells: Cells, exponent: float, reach: float) -> np.ndarray:
-        """(q, c) bool: the cells that each vector is at home in or visits."""
-        best = self.scores.max(axis=1, keepdims=True)
-        return np.asarray((self.scores - cells.handicap(exponent) >= best - np.float32(reach)) | (self.scores == best))
 
-    def visits(self, cells: Cells, rule: Rule) -> tuple[float, float]:
-        """(share of all rows that a vector is compared with, cells it goes to) on average."""
-        mask = self.visited(cells, rule.exponent, rule.reach)
-        return float((mask @ self.shares).mean()), float(mask.sum(axis=1).mean())
+def visits(cells: Cells, vectors: np.ndarray, homes_of: np.ndarray) -> tuple[float, float]:
+    """(share of all rows that a vector is compared with, cells it goes to) on average, by the rule of the cells.
+
+    vectors: (q, d), homes_of: (r, d) stored vectors of two random samples.
+    """
+    rule = cells.rule
+    assert rule is not None
+    shares, handicap = _shares(cells, cells.homes(homes_of)), cells.handicap(rule.exponent)
+    compared = visited = 0.0
+    for _, scores in cells.scores(vectors):
+        best = scores.max(axis=1, keepdims=True)
+        mask = (scores - handicap >= best - np.float32(rule.reach)) | (scores == best)
+        compared, visited = compared + float((mask @ shares).sum()), visited + float(mask.sum())
+    return compared / max(1, len(vectors)), visited / max(1, len(vectors))
+
+
+def _shares(cells: Cells, homes: np.ndarray) -> np.ndarray:
+    """(c,) of all rows by home, from a sample's homes (r,)."""
+    members = np.bincount(homes, minlength=len(cells)) + cells.sizes * len(homes)
+    return np.asarray(members / members.sum())
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import numpy as np
 
 from curation import halves, sketch, vectors
 from curation.duplicates.forest import edges
+from curation.duplicates.kept import digest
 from curation.duplicates.members import Bundle, Piece
 from curation.duplicates.scratch import Reader, Scratch
 from curation.order import hash_keys
@@ -25,12 +26,14 @@ def rows_name(piece: int) -> str:
 def store_piece(scratch: Scratch, name: str, piece: Piece | Bundle, dimension: int, sketched: bool, _: Any) -> None:
     """Write one piece raw; of equal vectors only the smallest node, and an edge to it. sketched: for `truth`."""
     nodes, stored = piece.read(dimension)
-    stands_for, equal = distinct(nodes, stored)
+    contents = content(stored)
+    stands_for, equal = distinct(nodes, stored, contents)
     kept = stands_for == np.arange(len(nodes))
     row_of = np.cumsum(kept)[stands_for] - 1
     arrays = {
         "nodes": nodes[kept],
-        "vectors": stored[kept],
+        "vectors": stored if kept.all() else stored[kept],
+        "contents": digest(contents[kept].tobytes()),
         "equal": equal,
         "all_nodes": nodes,
         "row_of": row_of.astype(np.uint32),
@@ -41,13 +44,18 @@ def store_piece(scratch: Scratch, name: str, piece: Piece | Bundle, dimension: i
     scratch.put(name, arrays)
 
 
-def distinct(nodes: np.ndarray, stored: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def content(stored: np.ndarray) -> np.ndarray:
+    """(n,) uint64, equal for equal rows of (n, d) and hardly ever for others."""
+    words = np.ascontiguousarray(stored).view(f"u{stored.dtype.itemsize}")
+    factors = hash_keys(np.arange(words.shape[1], dtype=np.uint64), 0, "equal vectors") | np.uint64(1)
+    return np.asarray(_mixed(words, factors))
+
+
+def distinct(nodes: np.ndarray, stored: np.ndarray, key: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """((n,) the row that stands for each, of equal ones the smallest node; (m,) EDGE from it to each of the others).
 
-    nodes: (n,) uint32. stored: (n, d).
+    nodes: (n,) uint32. stored: (n, d). key: (n,) their `content`.
     """
-    words = np.ascontiguousarray(stored).view(f"u{stored.dtype.itemsize}")
-    key = _mixed(words, hash_keys(np.arange(words.shape[1], dtype=np.uint64), 0, "equal vectors") | np.uint64(1))
     order = np.lexsort((nodes, key))
     new = np.concatenate([[True], key[order][1:] != key[order][:-1]])
     start = np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
@@ -124,7 +132,7 @@ def runs(values: np.ndarray) -> Iterator[tuple[int, int]]:
 
 @numba.njit(cache=True, nogil=True)
 def _mixed(words: np.ndarray, factors: np.ndarray) -> np.ndarray:
-    """(n,) uint64, equal for equal rows of words (n, d) and hardly ever for others."""
+    """`content` of words (n, d)."""
     found = np.zeros(len(words), np.uint64)
     for i in range(len(words)):
         total = np.uint64(0)

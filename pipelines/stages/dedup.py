@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pipelines.duplicate_relative import Relative
 
 NAME = "dedup"
-REVISION = 3
+REVISION = 4
 LIBRARIES = ("faiss-cpu", "numpy")
 ASKED_WRONGLY = 2
 SELF_FOREST = "self_forest"

@@ -1,8 +1,12 @@
 """The join against exact float64 search: cells, tiles, big groups, thresholds, later generations."""
 
+import hashlib
 import itertools
 import os
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -10,13 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from curation import products, vectors
-from curation.duplicates import cell_join, planning, tasks
+from curation.duplicates import cell_join, kept, planning, tasks
 from curation.duplicates import components as comp
 from curation.duplicates import forest as f
 from curation.duplicates import recall as recalls
 from curation.duplicates.cell_join import CellTask, cell_tasks, join_by_cells
 from curation.duplicates.cells import EXPONENTS, Cells, Rule, train
-from curation.duplicates.join import self_join
+from curation.duplicates.join import JoinResult, self_join
+from curation.duplicates.kept import Kept
 from curation.duplicates.members import Members, Piece, bundled, file_pieces, max_piece_rows, rank, whole_set
 from curation.duplicates.planning import find_plan
 from curation.duplicates.scratch import Scratch
@@ -226,6 +231,136 @@ def test_interrupted_join_does_only_what_is_missing(tmp_path: Path) -> None:
     assert again.forest.tobytes() == whole.forest.tobytes() and len(ran) == 2
     scratch.prepare({"a": 2})
     assert not scratch.groups("forest"), "another plan starts anew"
+
+
+@dataclass(frozen=True)
+class Grown:
+    """A pool of two generations, joined through cells one after the other."""
+
+    root: Path
+    x: np.ndarray
+    options: JoinOptions
+
+    def join(
+        self, name: str, generation: int, rows: np.ndarray, cells: Cells | None = None, keep: Kept | None = None
+    ) -> JoinResult:
+        """The join of some rows; those from 2,000 on are the second generation."""
+        known = vectors.open_folder(str(self.root / "e"))
+        pieces: list[Piece] = []
+        for part in known.partitions:
+            inside = rows[(rows >= part.first_row) & (rows < part.first_row + part.rows)]
+            for k in (0, 1):
+                mine = inside[(inside >= 2000) == (k == 1)]
+                if len(mine) and k <= generation:
+                    pieces += file_pieces(
+                        part.path, mine.astype(np.uint32), mine - part.first_row, k == generation, 500, k
+                    )
+        members = Members(bundled(pieces, 700), self.x.shape[1], True, len(self.x))
+        scratch = Scratch(str(self.root / name))
+        return self_join(members, IDS[: len(self.x)], self.options, scratch, cells=cells, keep=keep)
+
+
+def grown(root: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[Grown, JoinResult, Kept]:
+    """(the pool, the join of its first generation, what a join of the second may use)."""
+    monkeypatch.setattr(planning, "PRODUCT_NANOSECONDS", 1e9)  # cells, whatever they cost
+    x = planted(2600)
+    write(root / "e", x, parts=4)
+    pool = Grown(root, x, JoinOptions(0.5, **{"recall": 0.9, "exact_multiply_adds": 0} | options))
+    first = pool.join("s0", 0, np.arange(2600), keep=Kept(str(root / "gen-0")))
+    return pool, first, Kept(str(root / "gen-1"), {n.removesuffix(".npz"): f"{root}/gen-0/{n}" for n in first.kept})
+
+
+def assigned_anew(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The numbers of vectors that are assigned to cells from here on."""
+    seen: list[int] = []
+    inner = Cells.assign
+
+    def counted(cells: Cells, rows: np.ndarray) -> Any:
+        seen.append(len(rows))
+        return inner(cells, rows)
+
+    monkeypatch.setattr(Cells, "assign", counted)
+    return seen
+
+
+def test_what_was_assigned_before_is_not_assigned_again_and_the_forest_is_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, first, keep = grown(tmp_path, monkeypatch)
+    every = np.arange(2600)
+    assert len(first.kept) > 2 and {p.name for p in (tmp_path / "gen-0").iterdir()} == set(first.kept)
+    for name, record in first.kept.items():
+        data = (tmp_path / "gen-0" / name).read_bytes()
+        assert record == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    without = pool.join("without", 1, every, first.cells)
+    seen = assigned_anew(monkeypatch)
+    found = pool.join("with", 1, every, first.cells, keep)
+    assert 0 < sum(seen) <= 600, "only new rows"
+    assert found.forest.tobytes() == without.forest.tobytes() and found.report == without.report and not without.kept
+    assert set(found.kept) == {p.name for p in (tmp_path / "gen-1").iterdir()}
+    assert all(name.startswith("0001-") for name in found.kept), "what was taken over is not written again"
+
+
+def test_kept_assignments_that_are_lost_damaged_or_of_something_else_are_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, first, keep = grown(tmp_path, monkeypatch)
+    names = sorted(first.kept)
+    (tmp_path / "gen-0" / names[0]).unlink()
+    damaged = tmp_path / "gen-0" / names[1]
+    data = bytearray(damaged.read_bytes())
+    data[len(data) // 2] ^= 1
+    damaged.write_bytes(data)
+    # Rows that went: their bundle holds others now, and those behind it may.
+    some = np.setdiff1d(np.arange(2600), [1700, 1701])
+    without = pool.join("without", 1, some, first.cells)
+    seen = assigned_anew(monkeypatch)
+    found = pool.join("with", 1, some, first.cells, keep)
+    assert found.forest.tobytes() == without.forest.tobytes()
+    assert {names[0], names[1]} < set(found.kept) and 600 < sum(seen) < 2598
+    # Cells that are not those of the files.
+    other = train(30, 1, pool.x, 0.5).with_rule(first.cells.rule)  # type: ignore[union-attr]
+    seen.clear()
+    again = pool.join("other", 1, np.arange(2600), other, keep)
+    assert sum(seen) > 2000
+    assert again.forest.tobytes() == pool.join("other without", 1, np.arange(2600), other).forest.tobytes()
+
+
+def test_kept_files_lie_on_any_filesystem_and_are_equal_for_equal_arrays() -> None:
+    arrays = {"rows": np.arange(9, dtype=np.uint32), "sketches": np.ones((9, 8), np.uint64)}
+    one, two = (kept.write(f"memory://kept/{name}.npz", "key", arrays) for name in "ab")
+    assert one == two
+    back = kept.read("memory://kept/a.npz", "key")
+    assert back is not None and all((back[name] == arrays[name]).all() for name in arrays)
+    assert kept.read("memory://kept/a.npz", "other") is None and kept.read("memory://kept/c.npz", "key") is None
+
+
+def test_interrupted_join_tells_of_all_it_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pool, first, _ = grown(tmp_path, monkeypatch)
+    for name in sorted((tmp_path / "s0" / "cells").iterdir())[1:]:
+        shutil.rmtree(name)
+    again = pool.join("s0", 0, np.arange(2600), keep=Kept(str(tmp_path / "gen-0")))
+    assert again.kept == first.kept and again.forest.tobytes() == first.forest.tobytes()
+
+
+@pytest.mark.parametrize("options", [{"exact_multiply_adds": 1e12}, {"max_edges": 3}])
+def test_joins_that_no_later_one_can_use_keep_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any
+) -> None:
+    _, first, _ = grown(tmp_path, monkeypatch, **options)
+    assert not first.kept and not (tmp_path / "gen-0").exists()
+
+
+def test_bundles_of_a_generation_stay_the_same_when_others_come(tmp_path: Path) -> None:
+    def piece(generation: int, part: int) -> Piece:
+        return Piece(f"{part}", None, None, 0, 100 + part, generation == 1, generation)
+
+    old, new = [piece(0, k) for k in range(40)], [piece(1, k) for k in range(25)]
+    mixed = [p for pair in itertools.zip_longest(old, new) for p in pair if p is not None]
+    alone = {b.name: b.pieces for b in bundled(old, 700)}
+    together = {b.name: b.pieces for b in bundled(mixed, 700)}
+    assert len(alone) > 5 and alone.items() <= together.items()
+    assert sorted(p.path for b in together.values() for p in b) == sorted(p.path for p in mixed)
 
 
 def test_max_edges_keeps_the_best_of_each_image_and_cuts_big_groups(tmp_path: Path) -> None:

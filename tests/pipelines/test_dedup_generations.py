@@ -1,6 +1,7 @@
 """Guards against chains and later generations of `dedup`, through the stage, against naive versions."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from tests.pipelines.test_dedup import (
     Images,
     Reversed,
     dedup,
+    everything,
+    interrupt,
     labels_of,
     near,
     plain,
@@ -192,3 +195,43 @@ def test_generations_through_cells_have_the_components_of_one_search_in_the_same
     (tmp_path / "grown" / "dedup-search" / "_stage.json").unlink()
     dedup.execute(Reversed(run=grown.run, rebuild=True), dedup.DedupConfig(recall=0.8))
     assert components_of(grown) != labels, "the cells do miss pairs here"
+
+
+class Forwards(Reversed):
+    """Tasks in their order."""
+
+    def spread(self, function: Any, calls: Any, **more: Any) -> Any:
+        return super().spread(function, list(calls)[::-1], **more)
+
+
+def test_assignments_are_files_of_the_generation_that_later_ones_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicate_forests, "JoinOptions", partial(JoinOptions, exact_multiply_adds=0))
+    monkeypatch.setattr(planning, "PRODUCT_NANOSECONDS", 1e9)  # cells, whatever they cost
+    x = planted(1000)[np.random.default_rng(4).permutation(1000)]
+    rows: list[int] = []
+    assign = join.Cells.assign
+    monkeypatch.setattr(join.Cells, "assign", lambda cells, v: (rows.append(len(v)), assign(cells, v))[1])
+    grown, _ = in_run(tmp_path / "grown", x, [800, 930], recall=0.8)
+    assert sum(rows) <= 1000, "each image once"
+    search = grown.run.stage("dedup-search").generations()
+    for number, generation in enumerate(search):
+        (name,) = [name for name in generation.files if name.startswith("cells/")]
+        assert name == f"cells/{number:04d}-00000.npz"
+        data = storage.read_bytes(generation.file(name))
+        assert generation.files[name] == {"bytes": len(data), "sha256": storage.sha256(data)}
+    # The same in another order of tasks, and where what the first generation kept is gone.
+    monkeypatch.setattr("tests.pipelines.test_dedup.Reversed", Forwards)
+    (tmp_path / "other").mkdir()
+    in_run(tmp_path / "other", x, [800, 930], recall=0.8)
+    assert everything(str(tmp_path / "other" / "dedup-search")) == everything(str(tmp_path / "grown" / "dedup-search"))
+    forest = forest_of(grown)
+    shutil.rmtree(f"{search[0].directory}/cells")
+    for stage in ("dedup", "dedup-search"):
+        interrupt(tmp_path / "grown" / stage, 0)
+    rows.clear()
+    dedup.execute(Reversed(run=grown.run), dedup.DedupConfig(recall=0.8))
+    assert forest_of(grown) == forest and sum(rows) > 700
+    files = grown.run.stage("dedup-search").generations()[-1].files
+    assert {"cells/0000-00000.npz", "cells/0002-00000.npz"} <= set(files), "made again, kept again"
