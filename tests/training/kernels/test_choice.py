@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from cli.training_display import describe_kernels
 from curation.errors import UserError
 from tests.training.test_loop import close
 from tests.training.tiny import SERVER, figures, free_port, run_here, tiny
@@ -99,6 +100,12 @@ def test_candidates_run_forward_and_backward_on_the_shapes_at_hand() -> None:
     blocks = choice.block_candidates([shape], choice.attention("sdpa"), torch.float32, CPU, compiled=False)
     for run in (attention["sdpa"], attention["triton"], *blocks.values()):
         run()
+
+
+def test_the_choice_is_said_with_its_times() -> None:
+    timings = {"attention": {"sdpa": 0.002, "varlen": "ImportError: no", "triton": 0.001}}
+    said = describe_kernels({"kernels": {"attention": "triton", "branches": "reference"}, "timings_s": timings})
+    assert said == "attention triton (sdpa 2.00 ms, varlen cannot run, triton 1.00 ms), branches reference"
 
 
 def test_what_cannot_run_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
