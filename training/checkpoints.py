@@ -39,6 +39,9 @@ if TYPE_CHECKING:
 
 STATE = "state.json"
 
+WITHOUT_KERNELS = {"attention": "sdpa", "branches": "reference"}
+"""What a checkpoint that does not say was computed with."""
+
 
 class Checkpoints:
     """Of one stage: saves, loads, and removes what is older than the newest `keep`."""
@@ -165,7 +168,7 @@ class Checkpoints:
         state = state_of(models)
         dcp.load(state, checkpoint_id=path, process_group=self._group)
         set_state(models, state)
-        self.kernels = document.get("kernels", {})
+        self.kernels = document.get("kernels", WITHOUT_KERNELS)
         self._last = int(document["step"])
         return self._last
 

@@ -14,6 +14,7 @@ from curation.errors import UserError
 from tests.training.test_loop import close
 from tests.training.tiny import SERVER, figures, free_port, run_here, tiny
 from training import parallel
+from training.checkpoints import WITHOUT_KERNELS
 from training.collectives import rank
 from training.kernels import choice
 from training.model import Layout
@@ -68,6 +69,15 @@ def test_a_continuation_keeps_the_choice_and_gives_the_same_bits(tmp_path: Path,
     assert steps(parts) == steps(whole)
     state = json.loads((parts / "pretrain/checkpoints/step-000000002/state.json").read_text())
     assert state["kernels"] == KERNELS
+
+    file = parts / "pretrain/checkpoints/step-000000001/state.json"
+    document = json.loads(file.read_text())
+    del document["kernels"]
+    file.write_text(json.dumps(document))  # as it was before there were kernels
+    shutil.rmtree(parts / "pretrain/checkpoints/step-000000002")
+    run_here(parts, **auto)
+    state = json.loads((parts / "pretrain/checkpoints/step-000000002/state.json").read_text())
+    assert state["kernels"] == WITHOUT_KERNELS
 
 
 def test_on_a_cpu_nothing_is_timed_and_the_references_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
