@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from curation import quantised
+from curation import quantised, shuffles
 from curation.nearest import one_thread, squared_distances
 from curation.order import generator
 from curation.quantised import Codebook, Tables
@@ -124,7 +124,7 @@ def _upper(values: np.ndarray, share: float) -> float:
 
 def _coded(codebook: Codebook, tables: Tables, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """(n,) float64 products as the scan sees them, of row i with query queries[i]."""
-    found = quantised.pair_sums(codebook.encode(rows), tables.entries, queries)
+    found = shuffles.pair_sums(codebook.encode(rows), tables.entries, queries)
     return np.asarray(tables.base[queries] + tables.step[queries] * found)
 
 

@@ -12,14 +12,15 @@ from dataclasses import dataclass, field
 import numba
 import numpy as np
 
-from curation import quantised
+from curation import shuffles
 from curation.duplicates.recall import wilson
 from curation.halves import stored_bits, widen, widen_row
 from curation.nearest import one_thread
 from curation.neighbours import NO_ID, Neighbours
 from curation.order import generator
-from curation.quantised import Tables, masks_of, sum_of_products, trailing_zeros
+from curation.quantised import Tables
 from curation.seed_plan import SearchPlan
+from curation.shuffles import masks_of, sum_of_products, trailing_zeros
 
 CHUNK = 2048
 RESAMPLES = 1000
@@ -54,12 +55,12 @@ class Stretch:
             wide = widen(rows[chunk])
             coded = plan.codebook.encode(wide)
             labels[chunk] = plan.assign(coded)[: len(wide)]
-            codes[chunk] = quantised.by_row(coded)[: len(wide)]
+            codes[chunk] = shuffles.by_row(coded)[: len(wide)]
             _round_rows(wide, small[chunk], steps[chunk])
         order = np.argsort(labels, kind="stable")
         starts = np.searchsorted(labels[order], np.arange(len(plan.cells) + 1))
         parts = [
-            (cell, at, quantised.gathered(codes, at), small[at], steps[at])
+            (cell, at, shuffles.gathered(codes, at), small[at], steps[at])
             for cell in range(len(plan.cells))
             for at in _cut(order[starts[cell] : starts[cell + 1]])
         ]
@@ -114,7 +115,7 @@ class SeedBlock:
 
     def add(self, stretch: Stretch) -> None:
         """Look at the next stretch of the pool."""
-        shape = quantised.shape_of(self.plan.codebook.pieces)
+        shape = shuffles.shape_of(self.plan.codebook.pieces)
         for seeds, starts in self._visits:
             for cell, at, codes, small, steps in stretch.parts:
                 visitors = seeds[starts[cell] : starts[cell + 1]]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from curation import quantised
+from curation import quantised, shuffles
 
 
 def unit(rows: int, dimension: int, seed: int) -> np.ndarray:
@@ -26,7 +26,7 @@ def test_codes_name_the_nearest_centroid_of_every_piece(dimension: int) -> None:
         assert np.allclose(chosen, exact[row].min(axis=1), atol=1e-6)
 
 
-@pytest.mark.skipif(not quantised.has_shuffle(), reason="needs AVX2")
+@pytest.mark.skipif(not shuffles.has_shuffle(), reason="needs AVX2")
 @pytest.mark.parametrize("pieces", [32, 128, 256])
 def test_registers_give_the_rows_that_sums_one_by_one_give(pieces: int) -> None:
     random = np.random.default_rng(pieces)
@@ -38,11 +38,11 @@ def test_registers_give_the_rows_that_sums_one_by_one_give(pieces: int) -> None:
     sums = quantised.sums(codes, entries)
     cuts = np.median(sums, axis=1).astype(np.uint8)
     found, plain = np.zeros(4, np.uint32), np.zeros(4, np.uint32)
-    shape = quantised.shape_of(pieces)
+    shape = shuffles.shape_of(pieces)
     for queries in ([0, 1, 2, 3], [5, 4, 4, 1]):
         for block in range(2):
-            quantised.masks_of(shape, codes[block], entries, np.array(queries), cuts, found)
-            quantised.masks_of(None, codes[block], entries, np.array(queries), cuts, plain)
+            shuffles.masks_of(shape, codes[block], entries, np.array(queries), cuts, found)
+            shuffles.masks_of(None, codes[block], entries, np.array(queries), cuts, plain)
             assert found.tolist() == plain.tolist()
             for i, query in enumerate(queries):
                 passing = sums[query, block * 32 : block * 32 + 32] >= cuts[query]
@@ -55,17 +55,17 @@ def test_coded_products_follow_the_true_ones() -> None:
     tables = book.tables(queries)
     coded = tables.base[:, None] + tables.step[:, None] * quantised.sums(book.encode(rows), tables.entries)[:, :600]
     assert np.corrcoef(coded.ravel(), (queries @ rows.T).ravel())[0, 1] > 0.75
-    again = quantised.pair_sums(book.encode(rows[:8]), tables.entries, np.arange(8))
+    again = shuffles.pair_sums(book.encode(rows[:8]), tables.entries, np.arange(8))
     assert again.tolist() == [int(quantised.sums(book.encode(rows[:8]), tables.entries)[i, i]) for i in range(8)]
 
 
-@pytest.mark.parametrize("shape", [None, quantised.shape_of(64)])
+@pytest.mark.parametrize("shape", [None, shuffles.shape_of(64)])
 def test_the_highest_query_is_that_of_the_sums(shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, queries = unit(100, 128, 2), unit(9, 128, 3)
     book = quantised.train(unit(400, 128, 1), 0)
     codes, tables = book.encode(rows), book.tables(queries)
     offsets = np.linspace(0, 0.1, 9).astype(np.float32)
-    monkeypatch.setattr(quantised, "shape_of", lambda _: shape)
+    monkeypatch.setattr(shuffles, "shape_of", lambda _: shape)
     coded = tables.base[:, None] + tables.step[:, None] * quantised.sums(codes, tables.entries) + offsets[:, None]
     assert quantised.highest(codes, tables, offsets).tolist() == coded.argmax(axis=0).tolist()
 
@@ -76,8 +76,8 @@ def test_products_of_integers_are_exact_with_registers_and_without(dimension: in
     left = random.integers(-2000, 2000, (3, dimension), dtype=np.int16)
     right = random.integers(-127, 128, (4, dimension), dtype=np.int8)
     expected = left.astype(int) @ right.astype(int).T
-    for shape in {None, quantised.shape_of(64)}:
-        found = [[quantised.sum_of_products(shape, left, i, right, j) for j in range(4)] for i in range(3)]
+    for shape in {None, shuffles.shape_of(64)}:
+        found = [[shuffles.sum_of_products(shape, left, i, right, j) for j in range(4)] for i in range(3)]
         assert np.array_equal(found, expected)
 
 
@@ -86,5 +86,5 @@ def test_codes_are_the_same_by_row_and_gathered_in_any_order() -> None:
     book = quantised.train(unit(200, 64, 1), 0)
     order = np.random.default_rng(0).permutation(70)
     assert np.array_equal(
-        quantised.gathered(quantised.by_row(book.encode(rows)), order)[:2], book.encode(rows[order])[:2]
+        shuffles.gathered(shuffles.by_row(book.encode(rows)), order)[:2], book.encode(rows[order])[:2]
     )
