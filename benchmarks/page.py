@@ -1,4 +1,4 @@
-"""Writes the tables and plots of docs/performance.md from the JSON files in benchmarks/results.
+"""Writes the tables and plots of docs/performance.md, and the tables of docs/training.md, from benchmarks/results.
 
     python -m benchmarks.page
 
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import page_tables, plots
+from benchmarks import page_tables, plots, training_tables
 from benchmarks.page_data import Results
 
 ROOT = Path(__file__).parents[1]
@@ -34,6 +34,7 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "rates": page_tables.rates,
     "billion": page_tables.billion,
 }
+TRAINING: dict[str, Callable[[Results], str]] = {"learns": training_tables.learns, "step": training_tables.step}
 PLOTS: dict[str, Callable[[Results, Path], str]] = {
     "plot-join": plots.join,
     "plot-recall": plots.recall,
@@ -66,18 +67,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
+    parser.add_argument("--training", type=Path, default=ROOT / "docs" / "training.md")
     parser.add_argument("--format", default="svg", choices=["svg", "png"], help="png: to look at, beside the page")
     arguments = parser.parse_args()
     results = Results(arguments.results)
     folder = arguments.page.parent / "performance"
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: make(results) for name, make in SECTIONS.items()}
+    of_training = {name: make(results) for name, make in TRAINING.items()}
     for name, draw in PLOTS.items():
         path = folder / f"{name.removeprefix('plot-')}.{arguments.format}"
         parts[name] = picture(draw, results, path)
     if arguments.format == "svg":
-        arguments.page.write_text(filled(arguments.page.read_text(encoding="utf-8"), parts), encoding="utf-8")
-    print("\n".join(f"{name}: {'written' if text else 'no results'}" for name, text in parts.items()))
+        for page, found in ((arguments.page, parts), (arguments.training, of_training)):
+            page.write_text(filled(page.read_text(encoding="utf-8"), found), encoding="utf-8")
+    told = parts | of_training
+    print("\n".join(f"{name}: {'written' if text else 'no results'}" for name, text in told.items()))
 
 
 if __name__ == "__main__":
