@@ -5,10 +5,10 @@ One process is the case of a mesh of one: the same code, the same checkpoints.
 
 from __future__ import annotations
 
-import functools
 import os
 import warnings
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -67,7 +67,7 @@ def apply(network: Network, config: ParallelConfig, mesh: DeviceMesh, *, trained
     """
     for block in network.backbone.blocks:
         if config.activation_checkpointing and trained:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = recomputed(block.forward)
         if config.compile:
             block.compile()
     precision = MixedPrecisionPolicy()
@@ -77,6 +77,18 @@ def apply(network: Network, config: ParallelConfig, mesh: DeviceMesh, *, trained
     for module in (*network.backbone.blocks, *heads):
         fully_shard(module, mesh=mesh, mp_policy=precision, reshard_after_forward=True)
     fully_shard(network, mesh=mesh, mp_policy=precision, reshard_after_forward=not trained)
+
+
+def recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Keeps its inputs alone and computes the rest again backward.
+
+    A function of ours around the library's: compile skips a frame that is the library's own, and with it the block.
+    """
+
+    def run(*inputs: Any) -> Tensor:
+        return cast(Tensor, checkpoint(forward, *inputs, use_reentrant=False))
+
+    return run
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

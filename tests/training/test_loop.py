@@ -218,9 +218,12 @@ def test_the_weights_of_a_checkpoint_embed(tmp_path: Path) -> None:
 def test_compiled_blocks_are_about_eager(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str) -> None:
     compile_block = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda block: compile_block(block, backend=backend, fullgraph=True))
-    run_here(tmp_path, steps=2, model={"depth": 1}, parallel={"compile": True})
     run_here(tmp_path / "eager", steps=2, model={"depth": 1})
-    close(figures(tmp_path), figures(tmp_path / "eager"), 1e-4)
+    for recompute in (False, True):
+        folder = tmp_path / str(recompute)
+        told = {"compile": True, "activation_checkpointing": recompute}
+        run_here(folder, steps=2, model={"depth": 1}, parallel=told)
+        close(figures(folder), figures(tmp_path / "eager"), 1e-4)
 
 
 def test_a_source_that_hangs_is_left_alone_by_a_finished_training(whole: Path) -> None:
