@@ -109,7 +109,11 @@ def slug(name: str) -> str:
     """The folder of a model under `embed/`: lower case letters, digits, `-`, `_`, `.`."""
     if ":" in name and name.split(":", 1)[0] in ("checkpoint", "sscd"):
         family, path = name.split(":", 1)
-        name = f"{family}-{path.rstrip('/').rsplit('/', 1)[-1]}"
+        parts = path.rstrip("/").split("/")
+        if len(parts) > 2 and re.fullmatch(r"model(-.+)?", parts[-1]) and parts[-3] == "checkpoints":
+            # OUT/STAGE/checkpoints/step-N/model of a training: all of these are called `model`.
+            parts = ["-".join([*parts[-5:-3], parts[-2], *parts[-1].split("-")[1:]])]
+        name = f"{family}-{parts[-1]}"
     return re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip("-.") or "model"
 
 

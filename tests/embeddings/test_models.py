@@ -218,6 +218,9 @@ def test_names_make_folders() -> None:
     assert registry.slug("open_clip:ViT-B-32/laion2b_s34b_b79k") == "open_clip-vit-b-32-laion2b_s34b_b79k"
     assert registry.slug("timm:vit_small_patch14_dinov2.lvd142m") == "timm-vit_small_patch14_dinov2.lvd142m"
     assert registry.slug("checkpoint:/data/run 3/step-100/") == "checkpoint-step-100"
+    of_a_training = "checkpoint:runs/tiny/pretrain/checkpoints/step-000000500/model"
+    assert registry.slug(of_a_training) == "checkpoint-tiny-pretrain-step-000000500"
+    assert registry.slug(f"{of_a_training}-small") == "checkpoint-tiny-pretrain-step-000000500-small"
     assert "/" not in registry.slug("sscd:../../x")
 
 
