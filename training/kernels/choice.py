@@ -6,6 +6,7 @@ there. On a CPU nothing is timed and the references are taken. Process 0 decides
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -208,15 +209,13 @@ def fastest(candidates: dict[str, Callable[[], None]], device: torch.device) -> 
 
 
 def seconds(run: Callable[[], None], device: torch.device) -> float:
-    """Median of the device's time."""
+    """Median of the device's time, with the host running ahead as it does in a training."""
     for _ in range(WARM):
         run()
-    taken = []
-    for _ in range(REPEATS):
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record(torch.cuda.current_stream(device))
+    moments = [torch.cuda.Event(enable_timing=True) for _ in range(REPEATS + 1)]
+    moments[0].record(torch.cuda.current_stream(device))
+    for moment in moments[1:]:
         run()
-        last.record(torch.cuda.current_stream(device))
-        last.synchronize()
-        taken.append(first.elapsed_time(last) / 1000)
-    return statistics.median(taken)
+        moment.record(torch.cuda.current_stream(device))
+    torch.cuda.synchronize(device)
+    return statistics.median(a.elapsed_time(b) / 1000 for a, b in itertools.pairwise(moments))
