@@ -152,10 +152,10 @@ def read_vectors(
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
     if column.null_count:
         raise UserError(f"{path}: {column.null_count} null embeddings; leave such rows out")
-    flat = column.flatten()
+    flat = column.values.slice(column.offset * dimension, len(column) * dimension)
     if flat.null_count:
         raise UserError(f"{path}: null values inside embeddings; leave such rows out")
-    vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, dimension)
+    vectors = _numbers(flat).reshape(-1, dimension)
     ids = _ids(table, path)
     return ids, _checked(vectors, ids, path)
 
@@ -198,7 +198,15 @@ def _ids(table: pa.Table, path: str) -> np.ndarray:
     column = table["image_id"]
     if column.null_count:
         raise UserError(f"{path}: {column.null_count} null image_id values; every row needs an id")
-    return np.asarray(column.to_numpy(), dtype=np.uint64)
+    return np.concatenate([np.empty(0, np.uint64), *(_numbers(chunk).astype(np.uint64) for chunk in column.chunks)])
+
+
+def _numbers(array: pa.Array) -> np.ndarray:
+    """An array without nulls, mapped. Not by `to_numpy`: that imports pandas, a quarter of a second of each worker."""
+    kind = np.dtype(array.type.to_pandas_dtype())
+    if not len(array):
+        return np.empty(0, kind)
+    return np.frombuffer(array.buffers()[1], kind, len(array), array.offset * kind.itemsize)
 
 
 def _open(path: str) -> pa.NativeFile | str:

@@ -165,7 +165,7 @@ def _choose(
 
 def _refuse_dense(pairs: np.ndarray, queries: int, members: Members, options: JoinOptions) -> None:
     # Equal vectors are one node and cost nothing: their sketches do not differ at all.
-    per_image = float(pairs["weight"][pairs["distance"][:, 0] > 0].sum()) / max(1, queries)
+    per_image = float(pairs["weight"][(pairs["distance"] > 0).any(axis=1)].sum()) / max(1, queries)
     if per_image > COPIES_PER_IMAGE and per_image > members.rows / 100:
         raise UserError(
             f"an image has {per_image:,.0f} others above cosine {options.threshold} on average, of {members.rows:,}: "

@@ -140,11 +140,13 @@ def described(
 ) -> np.ndarray:
     """`pairs` (p,) SAMPLE_PAIR of left[rows] and right[columns] with `gap`, `first` and `distance` filled in.
 
-    left, right: (n, d) vectors. rows, columns: (p,).
+    left, right: (n, d) vectors. rows, columns: (p,). Where the cells have a rule, only its sketches are compared.
     """
     rows_used, at_row = np.unique(rows, return_inverse=True)
     columns_used, at_column = np.unique(columns, return_inverse=True)
     for law, left_out in enumerate(LEFT_OUT):
+        if cells.rule is not None and left_out != cells.rule.left_out:
+            continue
         one = cells.sketches(left[rows_used], left_out)[at_row]
         other = cells.sketches(right[columns_used], left_out)[at_column]
         for word in range(sketch.LONGEST_FIRST):
