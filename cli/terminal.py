@@ -4,11 +4,19 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from curation.errors import UserError
 
@@ -40,33 +48,42 @@ def print_result(document: dict[str, Any], lines: list[str], as_json: bool) -> N
             typer.echo(line)
 
 
-class ProgressDisplay:
-    """Listens to events. On a terminal a bar per stage; piped, a line when a stage starts, moves on and ends."""
+class Display:
+    """Bars on a terminal, for as long as the block lasts; nothing of its own where output is piped."""
 
-    def __init__(self, quiet: bool = False) -> None:
+    def __init__(self, quiet: bool, width: int, *columns: ProgressColumn) -> None:
+        """columns: between the count and the note. width: of the names, characters."""
         self.quiet = quiet
-        self.live = console.is_terminal and not quiet and os.environ.get("TERM") != "dumb"
-        self.progress: Progress | None = None
-        self.tasks: dict[str, Any] = {}
+        live = console.is_terminal and not quiet and os.environ.get("TERM") != "dumb"
+        name, note = TextColumn(f"[bold]{{task.description:<{width}}}"), TextColumn("{task.fields[note]}")
+        bars = (name, BarColumn(bar_width=32), MofNCompleteColumn(), *columns, note)
+        self.progress = Progress(*bars, console=console) if live else None
         self.said: dict[str, int] = {}
 
-    def __enter__(self) -> "ProgressDisplay":
-        if self.live:
-            self.progress = Progress(
-                TextColumn("[bold]{task.description:<24}"),
-                BarColumn(bar_width=32),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=console,
-            )
+    def __enter__(self) -> Self:
+        if self.progress is not None:
             self.progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.progress is not None:
             self.progress.stop()
+
+    def a_tenth_further(self, name: str, done: int, total: int) -> bool:
+        """Whether to say so in a line: once per tenth, where there is no bar."""
+        tenth = 10 * done // total
+        if tenth <= self.said.get(name, 0):
+            return False
+        self.said[name] = tenth
+        return True
+
+
+class ProgressDisplay(Display):
+    """Listens to events. On a terminal a bar per stage; piped, a line when a stage starts, moves on and ends."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        super().__init__(quiet, 24, TimeElapsedColumn(), TimeRemainingColumn())
+        self.tasks: dict[str, Any] = {}
 
     def __call__(self, event: dict[str, Any]) -> None:
         if self.quiet:
@@ -102,8 +119,9 @@ class ProgressDisplay:
             console.print(f"{stage}: already done")
         elif kind == "stage_end":
             console.print(f"{stage}: {event['rows']:,} rows in {event['seconds']:.1f} s")
-        elif kind == "part" and event["total"]:
-            tenth = 10 * event["done"] // event["total"]
-            if tenth > self.said.get(stage, 0) and event["done"] < event["total"]:
-                self.said[stage] = tenth
-                console.print(f"{stage}: {event['done']} of {event['total']} parts")
+        elif (
+            kind == "part"
+            and event["done"] < event["total"]
+            and self.a_tenth_further(stage, event["done"], event["total"])
+        ):
+            console.print(f"{stage}: {event['done']} of {event['total']} parts")

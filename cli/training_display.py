@@ -1,64 +1,41 @@
 """A training's live line on a terminal; piped, a line per tenth of a stage."""
 
-import os
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import TaskID, TimeRemainingColumn
 
-from cli.terminal import console
+from cli.terminal import Display, console
 
 
-class TrainingDisplay:
+class TrainingDisplay(Display):
     """Listens to the events of `training.loop`."""
 
     def __init__(self, quiet: bool = False) -> None:
-        self.quiet = quiet
-        self.live = console.is_terminal and not quiet and os.environ.get("TERM") != "dumb"
-        self.progress: Progress | None = None
+        super().__init__(quiet, 0, TimeRemainingColumn())
         self.task: TaskID | None = None
-        self.steps, self.said = 1, 0
-
-    def __enter__(self) -> "TrainingDisplay":
-        if self.live:
-            self.progress = Progress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
-                console=console,
-            )
-            self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.progress is not None:
-            self.progress.stop()
+        self.steps = 1
 
     def __call__(self, event: dict[str, Any]) -> None:
         if self.quiet:
             return
+        stage = event["stage"]
         if event["event"] == "stage":
-            self.steps, self.said = event["steps"], 10 * event["first"] // event["steps"]
+            self.steps, self.said[stage] = event["steps"], 10 * event["first"] // event["steps"]
             if self.progress is not None:
-                self.task = self.progress.add_task(
-                    event["stage"], total=event["steps"], completed=event["first"], note=""
-                )
+                self.task = self.progress.add_task(stage, total=self.steps, completed=event["first"], note="")
             else:
                 goes_on = f"goes on after step {event['first']}" if event["first"] else "starts"
                 console.print(
-                    f"{event['stage']}: {goes_on}, {event['steps']} steps, processes: {event['processes']}",
-                    soft_wrap=True,
+                    f"{stage}: {goes_on}, {self.steps} steps, processes: {event['processes']}", soft_wrap=True
                 )
         elif event["event"] == "kernels":
-            console.print(f"{event['stage']}: {describe_kernels(event)}", soft_wrap=True)
+            console.print(f"{stage}: {describe_kernels(event)}", soft_wrap=True)
         elif event["event"] == "figures":
             note = describe(event)
             if self.progress is not None and self.task is not None:
                 self.progress.update(self.task, completed=event["step"], note=note)
-            elif 10 * event["step"] // self.steps > self.said:
-                self.said = 10 * event["step"] // self.steps
-                console.print(f"{event['stage']}: step {event['step']} of {self.steps}, {note}", soft_wrap=True)
+            elif self.a_tenth_further(stage, event["step"], self.steps):
+                console.print(f"{stage}: step {event['step']} of {self.steps}, {note}", soft_wrap=True)
 
 
 def describe_kernels(event: dict[str, Any]) -> str:
