@@ -25,8 +25,9 @@ $(VENV)/.models: $(VENV)/.installed embeddings/weights.py
 demo: setup
 	$(PYTHON) -m demo
 
+# In two processes, each file's tests in one of them.
 test: setup
-	$(PYTHON) -m pytest -m "not long"
+	$(PYTHON) -m pytest -m "not long" --numprocesses 2 --dist loadfile
 
 # Everything, the long families included; writes benchmarks/results/test-full.json.
 test-full: setup
