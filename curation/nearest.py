@@ -8,6 +8,9 @@ passed over; nothing else about the result changes.
 
 Beyond FLAT centroids comparing all is too much, and the search goes through the groups: the VISITS groups whose means
 are nearest are searched exactly, others not at all. That one is not exact: see `Grouping.search`.
+
+On a device (`curation.device`) all products are computed, without bounds; what its rounding leaves open is decided in
+the same way, so labels are the same.
 """
 
 import sys
@@ -21,8 +24,13 @@ from typing import Any
 import numba
 import numpy as np
 
+from curation import device
+from curation.device import UNIT_ROUNDOFF, Device
+
 CHUNK = 4096
 """Vectors compared at a time without bounds."""
+DEVICE_ROWS = 65_536
+"""Vectors that go to a device at a time."""
 TILE = 256
 """Vectors compared at a time with bounds; those of one tile share the groups of centroids looked at."""
 WORTHWHILE = 0.4
@@ -31,7 +39,6 @@ FLAT = 16_384
 """Up to so many centroids the nearest is searched among all of them."""
 VISITS = 8
 """Groups of centroids searched for each vector when there are more than FLAT."""
-UNIT_ROUNDOFF = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -69,6 +76,17 @@ class Grouping:
         vectors: (n, d) float32. The best of each group is chosen by float32 products, among these the definition
         decides.
         """
+        on = device.current()
+        if on is not None:
+            return self._search_on(on, vectors, centroids)
+        best = self._visited(vectors, centroids)
+        best.sort(axis=1)
+        squares = np.stack([squared_distances(vectors, centroids, mine) for mine in best.T], axis=1)
+        chosen = squares.argmin(axis=1)[:, None]
+        return np.take_along_axis(best, chosen, 1)[:, 0].astype(np.int32), np.take_along_axis(squares, chosen, 1)[:, 0]
+
+    def _visited(self, vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+        """(n, visits) int64: the best centroid of each group that is searched."""
         visits = min(VISITS, len(self.starts) - 1)
         grouped = centroids[self.members]
         halves = _half_norms(grouped)
@@ -84,10 +102,22 @@ class Grouping:
                 places = order[start : min(start + CHUNK, cuts[group + 1])]
                 found = (halves[here][None, :] - vectors[places // visits] @ grouped[here].T).argmin(axis=1)
                 best.ravel()[places] = self.members[here][found]
-        best.sort(axis=1)
-        squares = np.stack([squared_distances(vectors, centroids, best[:, v]) for v in range(visits)], axis=1)
-        chosen = squares.argmin(axis=1)[:, None]
-        return np.take_along_axis(best, chosen, 1)[:, 0].astype(np.int32), np.take_along_axis(squares, chosen, 1)[:, 0]
+        return best
+
+    def _search_on(self, on: Device, vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same; the vectors that rounding leaves open go the CPU's way, where it decides as well."""
+        grouped = centroids[self.members]
+        halves = _half_norms(grouped)
+        slack = 2 * _slack(vectors.shape[1], squared_norms(vectors), halves)
+        visits = min(VISITS, len(self.starts) - 1)
+        found, sure = on.search(vectors, grouped, halves, self.starts, self.means(centroids), visits, slack)
+        labels = self.members[found].astype(np.int32)
+        unsure = np.flatnonzero(~sure)
+        with device.lent_nothing():
+            for start in range(0, len(unsure), CHUNK):
+                rows = unsure[start : start + CHUNK]
+                labels[rows] = self.search(vectors[rows], centroids)[0]
+        return labels, squared_distances(vectors, centroids, labels)
 
 
 @dataclass
@@ -111,9 +141,10 @@ def nearest_centroid(
     """
     labels = np.empty(len(vectors), np.int32)
     squares = np.empty(len(vectors), np.float64)
+    step = CHUNK if device.current() is None else DEVICE_ROWS
     with one_thread():
-        for start in range(0, len(vectors), CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, len(vectors), step):
+            part = slice(start, start + step)
             chunk = widened(vectors[part])
             if grouping is None:
                 labels[part], squares[part], _ = nearest(chunk, centroids)
@@ -134,6 +165,9 @@ def nearest(
     vectors: (n, d) float32. known: of the step before, with the same grouping. moved: (k,) float64, how far each
     centroid has moved since.
     """
+    on = device.current()
+    if on is not None:
+        return *_nearest_on(on, vectors, centroids), None
     # Without bounds to keep, short stretches of centroids only spare `_least` a second look at all of them.
     groups = grouping or Grouping(np.arange(len(centroids)), np.r_[0 : len(centroids) : 32, len(centroids)])
     grouped = np.ascontiguousarray(centroids[groups.members])
@@ -161,6 +195,20 @@ def nearest(
             lower[rows[:, None], looked_at[None, :]] = found
     squares = squared_distances(vectors, centroids, labels)
     return labels, squares, None if lower is None else Known(labels, norms, lower)
+
+
+def _nearest_on(on: Device, vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    halves = _half_norms(centroids)
+    slack = 2 * _slack(vectors.shape[1], squared_norms(vectors), halves)
+    labels = np.empty(len(vectors), np.int32)
+    numbers = np.arange(len(centroids))
+    for rows, best, unsure, pairs in on.nearest(vectors, centroids, halves, slack):
+        part, mine = vectors[rows], best.astype(np.int32)
+        for start in range(0, len(unsure), CHUNK):
+            some = slice(start, start + CHUNK)
+            mine[unsure[some]] = _decided(part[unsure[some]], centroids, pairs[some], numbers)
+        labels[rows] = mine
+    return labels, squared_distances(vectors, centroids, labels)
 
 
 def _tiles(

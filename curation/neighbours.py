@@ -1,12 +1,13 @@
 """The N pool images nearest each seed, exactly: the definition of similarity decides, ties go to the smaller image_id.
 
-Float32 products nominate every image that could be among the N nearest.
+Float32 products, of FAISS or a GPU, nominate every image that could be among the N nearest.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from curation import device
 from curation.nearest import one_thread, widened
 from curation.search import require_faiss
 from curation.vectors import similarity
@@ -60,14 +61,13 @@ def nearest_neighbours(seeds: np.ndarray, ids: np.ndarray, pool: np.ndarray, cou
 
 
 def _block(seeds: np.ndarray, ids: np.ndarray, pool: np.ndarray, wide: np.ndarray, count: int) -> Neighbours:
-    faiss = require_faiss()
     # A float32 product of unit vectors is off by at most d * 2^-24; two of them by twice that.
     margin = 4.0 * seeds.shape[1] * 2.0**-24
     queries = widened(seeds)
     wanted = min(count, len(pool))
     looked_at = min(len(pool), wanted + max(8, wanted // 4))
     with one_thread():
-        rough, nearest = faiss.knn(queries, wide, looked_at, metric=faiss.METRIC_INNER_PRODUCT)
+        rough, nearest = _rough(queries, wide, looked_at)
         exact = np.empty((len(seeds), looked_at), np.float32)
         step = max(1, PAIR_ROWS // looked_at)
         for start in range(0, len(seeds), step):
@@ -86,3 +86,12 @@ def _block(seeds: np.ndarray, ids: np.ndarray, pool: np.ndarray, wide: np.ndarra
                 better = Neighbours.none(1, count).merge(again)
                 best.ids[row], best.similarity[row] = better.ids[0], better.similarity[0]
     return best
+
+
+def _rough(queries: np.ndarray, pool: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The greatest float32 products of each query, and the rows they are of: any, where several are equal."""
+    on = device.current()
+    if on is not None:
+        return on.top(queries, pool, count)
+    faiss = require_faiss()
+    return faiss.knn(queries, pool, count, metric=faiss.METRIC_INNER_PRODUCT)  # type: ignore[no-any-return]

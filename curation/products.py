@@ -1,51 +1,45 @@
 """Blockwise products of vectors: which pairs may be above a threshold, and what their similarity is.
 
 A product in any precision on any device only nominates pairs above threshold - margin; the definition
-(`curation.vectors.similarity`: float64 dot product of the stored vectors, rounded to float32) decides. The only
-module of `curation` that may import torch, and it does so only where there is a GPU: on CPUs without bfloat16
-arithmetic OpenBLAS's float32 was the fastest (59 GFLOP/s on one core, torch float32 47, torch bfloat16 6).
+(`curation.vectors.similarity`: float64 dot product of the stored vectors, rounded to float32) decides. GPUs are used
+through `curation.device`; on CPUs without bfloat16 arithmetic OpenBLAS's float32 was the fastest (59 GFLOP/s on one
+core, torch float32 47, torch bfloat16 6).
 """
 
-import os
 from collections.abc import Iterator
 
 import numba
 import numpy as np
 
+from curation import device as devices
+from curation.device import Device, margin
 from curation.vectors import similarity
+
+__all__ = ["defined", "device", "margin", "nominate", "pairs_above"]
 
 BLOCK_ELEMENTS = 1 << 22
 """Products held at once: 16 MiB of float32."""
 VERIFY_ROWS = 1 << 13
 
 
-def margin(dimension: int) -> float:
-    """How far a float32 product of unit vectors may lie from the definition, with room to spare.
-
-    Higham (2002), section 3.1: the error of a dot product is at most d * 2^-24 * |x||y| in any order of the terms. The
-    factor 4 covers lengths that are not quite 1 and accelerators that round intermediate sums towards zero.
-    """
-    return 4 * dimension * 2.0**-24 + 1e-6
-
-
-def device() -> str:
-    """`cuda` where this process sees a GPU, else `cpu`; torch is not imported to find out that there is none."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") == "" or not os.path.exists("/dev/nvidia0"):
-        return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def device() -> Device | None:
+    """The GPU that was lent to this task, None for the CPU; torch is not imported to find out that there is none."""
+    return devices.current()
 
 
 def nominate(
-    left: np.ndarray, right: np.ndarray, threshold: float, starts: np.ndarray, on: str = "cpu"
+    left: np.ndarray, right: np.ndarray, threshold: float, starts: np.ndarray, on: Device | None = None
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Pairs (i, j) whose product may be above `threshold`: every pair above it, and few others.
 
     left: (a, d) float32. right: (b, d) float32. starts: (a,) int64; row i is compared with columns starts[i] and
     later (symmetric products need only the upper half). Yields (m,) int64 rows and columns, block by block, row-major.
+    on: the CPU by default. Which others are nominated depends on the device.
     """
     bound = np.float32(threshold - margin(left.shape[1]))
+    if on is not None:
+        yield from on.above(left, right, float(bound), starts)
+        return
     step = max(1, BLOCK_ELEMENTS // max(1, len(right)))
     for begin in range(0, len(left), step):
         block = starts[begin : begin + step]
@@ -53,10 +47,7 @@ def nominate(
         if first >= len(right):
             continue
         columns = right[first:]
-        if on == "cpu":
-            rows, found = _above_numpy(left[begin : begin + step], columns, bound, block - first)
-        else:
-            rows, found = _above_torch(left[begin : begin + step], columns, float(bound), block - first, on)
+        rows, found = _above(left[begin : begin + step], columns, bound, block - first)
         if len(rows):
             yield rows + begin, found + first
 
@@ -68,7 +59,7 @@ def pairs_above(
     starts: np.ndarray,
     *,
     half: bool,
-    on: str = "cpu",
+    on: Device | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The pairs strictly above `threshold` (compared as float32) with their similarity by definition.
 
@@ -98,26 +89,11 @@ def defined(left: np.ndarray, right: np.ndarray, rows: np.ndarray, columns: np.n
     return np.concatenate(values) if values else np.empty(0, np.float32)
 
 
-def _above_numpy(
-    left: np.ndarray, right: np.ndarray, bound: np.float32, starts: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _above(left: np.ndarray, right: np.ndarray, bound: np.float32, starts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     products = np.matmul(left, right.T)
     counts = _count(products, bound, starts)
     rows, columns = _collect(products, bound, starts, counts)
     return rows, columns
-
-
-def _above_torch(
-    left: np.ndarray, right: np.ndarray, bound: float, starts: np.ndarray, on: str
-) -> tuple[np.ndarray, np.ndarray]:
-    import torch
-
-    # Full float32: TensorFloat-32 keeps 10 bits of the factors and would break the margin.
-    torch.backends.cuda.matmul.allow_tf32 = False
-    products = torch.from_numpy(left).to(on) @ torch.from_numpy(np.ascontiguousarray(right)).to(on).T
-    allowed = torch.arange(products.shape[1], device=on)[None, :] >= torch.from_numpy(starts).to(on)[:, None]
-    rows, columns = torch.nonzero((products > bound) & allowed, as_tuple=True)
-    return rows.cpu().numpy(), columns.cpu().numpy()
 
 
 @numba.njit(cache=True, nogil=True)

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from curation import products
+from curation.device import heavy
 from curation.duplicates.forest import edges
 from curation.duplicates.members import Bundle, Members, Piece
 from curation.duplicates.scratch import Reader, Scratch
@@ -83,6 +84,7 @@ def exact_join(members: Members, options: JoinOptions, scratch: Scratch, spread:
     return collect(scratch, calls, join_tiles, spread, members.count, options)
 
 
+@heavy
 def join_tiles(scratch: Scratch, name: str, one: Tile, other: Tile, half: bool, options: JoinOptions, _: Any) -> str:
     """The forest of one pair of tiles."""
     nodes, vectors = one.load(scratch)

@@ -143,22 +143,6 @@ def test_similarity_has_the_bits_of_the_definition(stored: type) -> None:
     assert got.tobytes() == vectors.similarity(x[rows], x[columns]).tobytes()
 
 
-def test_torch_nominates_the_pairs_that_numpy_does() -> None:
-    x = planted(700).astype(np.float32)
-    starts = np.arange(1, 701)
-    one = [np.concatenate(parts) for parts in zip(*products.nominate(x, x, 0.6, starts), strict=True)]
-    other = [np.concatenate(parts) for parts in zip(*((i, j) for i, j in _torch(x, starts)), strict=True)]
-    truth = oracle(planted(700), 0.6)
-    pairs = set(zip(*one, strict=True))
-    assert set(zip(truth["low"].tolist(), truth["high"].tolist(), strict=True)) <= pairs
-    assert len(pairs ^ set(zip(*other, strict=True))) <= 2
-
-
-def _torch(x: np.ndarray, starts: np.ndarray):
-    bound = 0.6 - products.margin(x.shape[1])
-    yield products._above_torch(x, x, bound, starts, "cpu")
-
-
 @pytest.mark.parametrize("budget", [7e11, 0])
 def test_later_generation_joins_new_rows_with_old_and_new_and_merges_to_the_whole(
     tmp_path: Path, budget: float
