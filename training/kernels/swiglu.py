@@ -85,7 +85,7 @@ def activate_backward(gradient: Tensor, hidden: Tensor, gated: bool) -> tuple[Te
 
 @activate_backward.register_fake
 def _(gradient, hidden, gated):  # type: ignore[no-untyped-def]
-    return hidden.new_empty(hidden.shape), torch.empty_like(gradient)
+    return hidden.new_empty(hidden.shape), hidden.new_empty(gradient.shape)
 
 
 def tile(width: int) -> tuple[int, int]:

@@ -47,6 +47,13 @@ def test_rows_may_lie_apart_and_none_at_all() -> None:
     assert swiglu.activate(torch.empty(0, 48), True).shape == (0, 24)
 
 
+def test_shapes_without_data_have_the_strides_of_those_with() -> None:
+    """What torch.compile plans with."""
+    for gradient in (torch.randn(3, 8), torch.randn(8, 3).T):
+        told = (torch.randn(3, 16), True)
+        torch.library.opcheck(swiglu.activate_backward, (gradient, *told), test_utils="test_faketensor")
+
+
 def test_everything_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
