@@ -115,6 +115,14 @@ def test_koleo_of_duplicates_in_half_precision_is_finite_with_its_gradient() -> 
     assert loss.isfinite() and tokens.grad is not None and tokens.grad.isfinite().all()
 
 
+def test_a_step_in_which_no_patch_is_masked_leaves_the_centre_where_it_is() -> None:
+    center = Center(3)
+    center.mean.copy_(torch.tensor([[1.0, -2.0, 3.0]]))
+    center.targets(torch.zeros(0, 3), 0.1)
+    center.update()
+    assert center.mean.tolist() == [[1.0, -2.0, 3.0]]
+
+
 def test_center_uses_the_mean_of_former_steps_and_sees_micro_batches_together() -> None:
     logits = torch.randn(3, 8, 5)
     one, many = Center(5), Center(5)

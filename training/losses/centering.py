@@ -118,7 +118,8 @@ class Center(nn.Module):
         """At the end of a step."""
         if self._seen:
             seen = sum_over_processes(torch.stack(self._seen).sum(0))
-            self.mean.lerp_(seen[:, :-1] / seen[:, -1:].clamp(min=1), 1 - self.momentum)
+            rows = seen[:, -1:]  # none where no patch was masked: the mean stays
+            self.mean.lerp_(seen[:, :-1] / rows.clamp(min=1), (rows > 0) * (1 - self.momentum))
             self._seen = []
 
 
