@@ -169,13 +169,17 @@ _boundaries: dict[tuple[Layout, torch.device], Tensor] = {}
 
 def boundaries(layout: Layout, device: torch.device) -> Tensor:
     """(sequences + 1,) int32: where each begins; computed on the device, so that nothing waits for a copy."""
-    if not torch.compiler.is_compiling() and (layout, device) in _boundaries:
-        return _boundaries[layout, device]
+    if torch.compiler.is_compiling():
+        return _computed(layout, device)
+    if (layout, device) not in _boundaries:
+        with torch.inference_mode(False):  # an evaluation may be the first to ask, and a training wants to keep them
+            _boundaries[layout, device] = _computed(layout, device)
+    return _boundaries[layout, device]
+
+
+def _computed(layout: Layout, device: torch.device) -> Tensor:
     parts, first = [], 0
     for count, length in zip(layout.counts, layout.lengths, strict=True):
         parts.append(torch.arange(count, dtype=torch.int32, device=device) * length + first)
         first += count * length
-    found = torch.cat([*parts, torch.full((1,), first, dtype=torch.int32, device=device)])
-    if not torch.compiler.is_compiling():
-        _boundaries[layout, device] = found
-    return found
+    return torch.cat([*parts, torch.full((1,), first, dtype=torch.int32, device=device)])

@@ -114,3 +114,9 @@ def test_a_vision_transformer_takes_it_in_place_of_the_reference_compiled_too() 
 def test_boundaries_are_the_cumulative_lengths() -> None:
     found = attention.boundaries(Layout((2, 3), (5, 2)), torch.device("cpu"))
     assert found.tolist() == [0, 5, 10, 12, 14, 16] and found.dtype == torch.int32
+
+
+def test_boundaries_that_an_evaluation_asked_for_first_serve_a_training() -> None:
+    with torch.inference_mode():
+        attention.boundaries(Layout((3,), (4,)), torch.device("cpu"))
+    assert not attention.boundaries(Layout((3,), (4,)), torch.device("cpu")).is_inference()
