@@ -69,19 +69,34 @@ def choose(config: TrainConfig, device: torch.device, stored: dict[str, str]) ->
         elif option not in found:
             sent: list[Any] = [None]
             if rank() == 0:
-                kind = torch.bfloat16 if config.parallel.precision == "bfloat16" else torch.float32
-                shapes = shapes_of(config, device)
-                if option == "attention":
-                    candidates = attention_candidates(shapes, kind, device)
-                else:
-                    attend = attention(found["attention"])
-                    candidates = block_candidates(shapes, attend, kind, device, config.parallel.compile)
-                sent = [fastest(candidates, device)]
-                torch.cuda.empty_cache()
+                try:
+                    sent = [timed_here(option, found, config, device)]
+                except Exception as error:  # the others wait for what is found: they shall hear of it too
+                    sent = [error]
             if world_size() > 1:
                 dist.broadcast_object_list(sent, src=0, device=torch.device("cpu"))
+            if isinstance(sent[0], Exception):
+                raise sent[0]
             found[option], timings[option] = sent[0]
     return Chosen(found["attention"], found["branches"], timings)
+
+
+def timed_here(
+    option: str, found: dict[str, str], config: TrainConfig, device: torch.device
+) -> tuple[str, dict[str, float | str]]:
+    """The fastest of an option's candidates, and what each took."""
+    kind = torch.bfloat16 if config.parallel.precision == "bfloat16" else torch.float32
+    shapes = shapes_of(config, device)
+    if option == "attention":
+        candidates = attention_candidates(shapes, kind, device)
+    else:
+        attend = attention(found["attention"])
+        candidates = block_candidates(shapes, attend, kind, device, config.parallel.compile)
+    fastest_here = fastest(candidates, device)
+    torch.cuda.empty_cache()
+    if config.parallel.compile:
+        torch._dynamo.reset()  # it compiles a block for so many cases and no more: these are not wanted again
+    return fastest_here
 
 
 def on_gpu(device: torch.device) -> bool:

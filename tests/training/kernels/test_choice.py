@@ -139,6 +139,8 @@ def test_two_processes_take_what_the_first_decides() -> None:
         processes.append((SERVER.Process(target=choose_there, args=(environment, theirs), daemon=True), mine))
         processes[-1][0].start()
     assert [receive.recv() if receive.poll(40) else None for _, receive in processes] == [KERNELS, KERNELS]
+    # Where nothing runs on the first, all of them hear of it: nobody waits for a choice that does not come.
+    assert [receive.recv() if receive.poll(40) else None for _, receive in processes] == ["none runs", "none runs"]
 
 
 def choose_there(environment: dict[str, str], sent: Any) -> None:
@@ -147,4 +149,14 @@ def choose_there(environment: dict[str, str], sent: Any) -> None:
     device = parallel.start()
     setattr(choice, "on_gpu", lambda _: True)  # noqa: B010 - mypy holds functions for constants
     setattr(choice, "fastest", lambda candidates, _: (list(candidates)[-1 if rank() == 0 else 0], {}))  # noqa: B010
-    sent.send(choice.choose(tiny(kernels={"attention": "auto", "branches": "auto"}), device, {}).names())
+    auto = tiny(kernels={"attention": "auto", "branches": "auto"})
+    sent.send(choice.choose(auto, device, {}).names())
+
+    def nothing(*_: Any) -> Any:
+        raise UserError("none runs")
+
+    setattr(choice, "fastest", nothing)  # noqa: B010
+    try:
+        choice.choose(auto, device, {})
+    except UserError as error:
+        sent.send(str(error))
