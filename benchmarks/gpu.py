@@ -24,6 +24,7 @@ from typing import Any
 
 from benchmarks.gpu_augmentation import augmentation
 from benchmarks.gpu_blocks import blocks
+from benchmarks.gpu_curation import curation
 from benchmarks.gpu_losses import losses
 from benchmarks.gpu_training import training_steps
 
@@ -42,6 +43,7 @@ def main() -> int:
         "augmentation": (augmentation, 40),
         "training": (training_steps, 220),
         "block_products": (block_products, 40),
+        "curation": (curation, 60),
         "vision_transformer": (vision_transformers, 90),
     }
     asked = sys.argv[1:]

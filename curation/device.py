@@ -42,6 +42,14 @@ def margin(dimension: int) -> float:
     return 4 * dimension * UNIT_ROUNDOFF + 1e-6
 
 
+def slack(dimension: int, longest: float, longest_centroid: float) -> float:
+    """How far half a squared distance to a centroid, less half the vector's own norm, may be off in float32.
+
+    Higham's bound of the product and of the half norm, with eight roundings to spare; for a device it is doubled.
+    """
+    return (dimension + 8) * UNIT_ROUNDOFF * longest_centroid * (longest + longest_centroid)
+
+
 def heavy[F: Callable[..., Any]](function: F) -> F:
     """Marks a function whose tasks consist of products: the scheduler lends it a share of a GPU where there is one."""
     function.heavy_products = True  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ import numba
 import numpy as np
 
 from curation import device
-from curation.device import UNIT_ROUNDOFF, Device
+from curation.device import Device
 
 CHUNK = 4096
 """Vectors compared at a time without bounds."""
@@ -270,7 +270,7 @@ def _decided(vectors: np.ndarray, centroids: np.ndarray, pairs: np.ndarray, numb
 def _slack(dimension: int, norms: np.ndarray, halves: np.ndarray) -> float:
     """How far half a squared distance, less half the vector's own norm, may be off in float32."""
     longest = float(np.sqrt(2.0 * halves.max(initial=0.0)))
-    return (dimension + 8) * UNIT_ROUNDOFF * longest * (float(np.sqrt(norms.max(initial=0.0))) + longest)
+    return device.slack(dimension, float(np.sqrt(norms.max(initial=0.0))), longest)
 
 
 def _half_norms(vectors: np.ndarray) -> np.ndarray:

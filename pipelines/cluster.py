@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from curation import device
 from curation.errors import UserError
 
 IN_FLIGHT_PER_CPU = 3
@@ -59,9 +60,11 @@ def cpus() -> int:
 
 
 def gpus() -> float:
-    """GPUs of the cluster."""
+    """GPUs of the cluster; none where Ray does not run."""
     import ray
 
+    if not ray.is_initialized():
+        return 0.0
     return float(ray.cluster_resources().get("GPU", 0))
 
 
@@ -81,15 +84,22 @@ def spread(
     *,
     shared: Any = None,
     num_cpus: float = 1,
+    num_gpus: float = 0,
     memory_bytes: int | None = None,
 ) -> Iterator[tuple[str, Any]]:
-    """function(*arguments, shared) for each (name, arguments), in Ray tasks; yields (name, result) as they end."""
+    """function(*arguments, shared) for each (name, arguments), in Ray tasks; yields (name, result) as they end.
+
+    num_gpus: the share of a GPU that `curation.device` lends to each.
+    """
     import ray
 
     options: dict[str, Any] = {"num_cpus": num_cpus, "max_retries": 3}
     if memory_bytes:
         options["memory"] = memory_bytes
-    remote = ray.remote(function).options(**options)
+    if num_gpus:
+        # Ray would end a worker after each task that has a share of a GPU; many take less than importing torch.
+        options |= {"num_gpus": num_gpus, "max_calls": 0}
+    remote = ray.remote(**options)(_on_gpu(function) if num_gpus else function)
     common = ray.put(shared)
     limit = max(2, IN_FLIGHT_PER_CPU * cpus())
     pending: dict[Any, str] = {}
@@ -111,6 +121,14 @@ def spread(
     finally:
         for reference in pending:
             ray.cancel(reference, force=False)
+
+
+def _on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    def on_gpu(*arguments: Any) -> Any:
+        with device.lent():
+            return function(*arguments)
+
+    return on_gpu
 
 
 def _result(reference: Any, name: str) -> Any:

@@ -7,6 +7,7 @@ are done; different: refused with the difference, unless told to rebuild.
 """
 
 import json
+import math
 import platform
 import socket
 import time
@@ -17,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, field_validator
 
-from curation import storage
+from curation import device, storage
 from curation.errors import UserError
 from pipelines import cluster
 from pipelines.events import Events
@@ -48,6 +49,12 @@ class Resources(StageConfig):
     ray_address: str | None = Field(None, description="Ray cluster to use (`auto`, `ray://host:10001`); default: local")
     workers: int | None = Field(None, ge=1, description="CPU cores to use locally; default: all of them")
     memory_per_worker: str = Field("4GiB", description="memory one task may use, e.g. 4GiB")
+    tasks_per_gpu: int = Field(
+        8,
+        ge=0,
+        le=1000,
+        description="tasks of products (exact joins, k-means, exact search) that share a GPU; 0: none uses one",
+    )
 
     @field_validator("memory_per_worker")
     @classmethod
@@ -203,11 +210,13 @@ class Context:
         shared: Any = None,
         num_cpus: float = 1,
         memory_bytes: int | None = None,
+        heavy: bool = False,
     ) -> None:
         """Make the parts that are not there yet: function(writer, name, task, shared) in Ray tasks.
 
         tasks: (part name, anything picklable and small), names unique and sorted in the order of rows.
         shared: put into Ray's object store once. A worker that dies is tried again; a UserError stops the stage.
+        heavy: as for `spread`.
         """
         writer = generation.writer
         records: dict[str, PartRecord] = {}
@@ -223,7 +232,7 @@ class Context:
         if missing:
             calls = ((part_name, (writer, part_name, task)) for part_name, task in missing)
             for part_name, record in self.spread(
-                function, calls, shared=shared, num_cpus=num_cpus, memory_bytes=memory_bytes
+                function, calls, shared=shared, num_cpus=num_cpus, memory_bytes=memory_bytes, heavy=heavy
             ):
                 records[part_name] = record
                 self.events.emit("part", stage, part=part_name, rows=record.rows, done=len(records), total=len(tasks))
@@ -237,13 +246,21 @@ class Context:
         shared: Any = None,
         num_cpus: float = 1,
         memory_bytes: int | None = None,
+        heavy: bool = False,
     ) -> Iterable[tuple[str, Any]]:
         """Run function(*arguments, shared) for each (name, arguments) on Ray; yields (name, result) as they end.
 
         A bounded number is in flight. Whoever sums results must do so in the order of names, not of arrival.
+        heavy: these are tasks of products, as those of a function marked by `curation.device.heavy` always are: each is
+        lent a share of a GPU where the cluster has any. The result is the same.
         """
         cluster.start(self.resources.ray_address, self.resources.workers)
-        return cluster.spread(function, calls, shared=shared, num_cpus=num_cpus, memory_bytes=memory_bytes)
+        num_gpus = 0.0
+        if self.resources.tasks_per_gpu and (heavy or device.is_heavy(function)) and cluster.gpus():
+            num_gpus = math.floor(1e4 / self.resources.tasks_per_gpu) / 1e4  # Ray counts so finely
+        return cluster.spread(
+            function, calls, shared=shared, num_cpus=num_cpus, num_gpus=num_gpus, memory_bytes=memory_bytes
+        )
 
     def finish(self, generation: Generation, summary: Mapping[str, Any]) -> Outcome:
         """Mark a generation complete. summary: counts for the report; no timings, hosts or paths."""

@@ -29,8 +29,12 @@ def spread(
     calls: Iterable[tuple[str, tuple[Any, ...]]],
     *,
     shared: Any = None,
+    heavy: bool = False,
 ) -> None:
-    """Run function(*arguments, shared) -> arrays for every (name, arguments) whose result is not there yet."""
+    """Run function(*arguments, shared) -> arrays for every (name, arguments) whose result is not there yet.
+
+    heavy: as for `Context.spread`.
+    """
     asked = list(calls)
     known = {p.rsplit("/", 1)[-1] for p in storage.list_files(generation.file(embedded.SCRATCH), ".npz")}
     missing = [(name, arguments) for name, arguments in asked if f"{name}.npz" not in known]
@@ -39,7 +43,7 @@ def spread(
     if not missing:
         return
     kept = ((name, (path_of(generation, name), function, arguments)) for name, arguments in missing)
-    for name, _ in context.spread(_keep, kept, shared=shared):
+    for name, _ in context.spread(_keep, kept, shared=shared, heavy=heavy):
         done += 1
         context.events.emit("part", stage, part=name, rows=0, done=done, total=len(asked))
 

@@ -108,7 +108,7 @@ def _nearest(
         for r, part in enumerate(ranges)
         for b, block in enumerate(blocks)
     ]
-    retrieve_kept.spread(context, generation, search_range, calls, shared=search)
+    retrieve_kept.spread(context, generation, search_range, calls, shared=search, heavy=search.plan is None)
     merges = (
         (f"{b:05d}", ([retrieve_kept.path_of(generation, name) for name in mine],)) for b, mine in enumerate(names)
     )

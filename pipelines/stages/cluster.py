@@ -39,6 +39,9 @@ from pipelines.run_directory import Generation, PartRecord, PartWriter
 NAME = "cluster"
 REVISION = 2
 LIBRARIES = ("numba", "numpy")
+HEAVY = 1 << 21
+"""Multiply-adds of a vector from which a GPU is worth asking for; reading the vector costs a core as much as some
+hundred thousand."""
 BLOCK_ROWS = 65_536
 """Training vectors per block, about, and at least twice the clusters: a block is one task of a Lloyd step."""
 
@@ -139,6 +142,11 @@ def task_bytes(clusters: int, dimension: int) -> int:
     return centroids + sums + vectors + products + (200 << 20)
 
 
+def is_heavy(clusters: int, dimension: int) -> bool:
+    """Whether the search for the nearest of so many centroids is worth a share of a GPU."""
+    return dimension * (clusters if clusters <= FLAT else 6 * int(clusters**0.5)) >= HEAVY
+
+
 def _block_rows(clusters: int) -> int:
     return max(BLOCK_ROWS, 2 * clusters)
 
@@ -155,7 +163,13 @@ def _cluster(context: Context, config: ClusterConfig, generation: Generation, pa
         sizes, model = [np.zeros(count, np.int64) for count in built.levels], opened.model
     metadata = {MODEL_KEY.decode(): model} if model else {}
     tasks = [(part.name, part) for part in parts]
-    context.map_parts(generation, tasks, _assign_part, shared=(built, wide_grouping(built.centroids[0]), metadata))
+    context.map_parts(
+        generation,
+        tasks,
+        _assign_part,
+        shared=(built, wide_grouping(built.centroids[0]), metadata),
+        heavy=is_heavy(*built.centroids[0].shape),
+    )
     counted = embedded.leaf_sizes(context, generation.part_paths, built.levels[0])
     sizes = [old + new for old, new in zip(sizes, built.sizes(counted), strict=True)]
     for level in range(len(built.levels)):
@@ -352,11 +366,13 @@ class ScratchPoints:
         return [block.rows for block in self.blocks]
 
     def sums(self, step: Step) -> Iterator[BlockSums]:
-        return self._in_order(_sum_block, ((block,) for block in self.blocks), step)
+        heavy = is_heavy(*step.centroids.shape)
+        return self._in_order(_sum_block, ((block,) for block in self.blocks), step, heavy)
 
     def assign(self, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         shared = (centroids, wide_grouping(centroids))
-        found = list(self._in_order(_assign_block, ((block,) for block in self.blocks), shared))
+        heavy = is_heavy(*centroids.shape)
+        found = list(self._in_order(_assign_block, ((block,) for block in self.blocks), shared, heavy))
         return np.concatenate([labels for labels, _ in found]), np.concatenate([squares for _, squares in found])
 
     def seeds(
@@ -396,12 +412,15 @@ class ScratchPoints:
             blocks.append(ScratchBlock(path, len(vectors[start : start + BLOCK_ROWS]), None, f"{path}.known"))
         return replace(self, blocks=tuple(blocks))
 
-    def _in_order(self, function: Any, calls: Iterable[tuple[Any, ...]], shared: Any) -> Iterator[Any]:
+    def _in_order(
+        self, function: Any, calls: Iterable[tuple[Any, ...]], shared: Any, heavy: bool = False
+    ) -> Iterator[Any]:
         """Results in the order of the calls, whatever order they arrive in."""
         named = ((str(number), arguments) for number, arguments in enumerate(calls))
         waiting: dict[int, Any] = {}
         following = 0
-        for name, result in self.context.spread(function, named, shared=shared, memory_bytes=self.task_memory):
+        spread = self.context.spread(function, named, shared=shared, memory_bytes=self.task_memory, heavy=heavy)
+        for name, result in spread:
             waiting[int(name)] = result
             while following in waiting:
                 yield waiting.pop(following)

@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from benchmarks import gpu_curation
 from curation import clusters, device, products
 from curation.clusters import ArrayPoints
 from curation.device import Device
@@ -280,3 +281,21 @@ def test_the_exact_join_on_a_device_is_that_of_the_cpu(tmp_path: Path) -> None:
             forests.append(exact_join(members, JoinOptions(0.5), Scratch(str(tmp_path / str(len(forests)))), serial))
     assert len(forests[0]) > 100 and forests[0].tobytes() == forests[1].tobytes()
     assert device.is_heavy(join_tiles)
+
+
+def test_the_measurement_checks_what_it_times() -> None:
+    sizes = {"above": (700, 900, 64), "nearest": (700, 300, 64), "search": (700, 600, 64), "top": (600, 900, 64)}
+    failures: list[str] = []
+    found: dict[str, Any] = {}
+    gpu_curation.measured(torch, Device("cpu", SMALL), sizes, failures, 1e9, found)
+    assert failures == [] and list(found) == list(sizes)
+    assert found["above"]["sampled"] > 50 and found["search"]["share_left_open"] < 0.2
+
+    class TensorFloat(Device):
+        def _there(self, array: np.ndarray) -> Any:
+            if array.dtype != np.float32:
+                return super()._there(array)
+            return super()._there((array.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32))
+
+    gpu_curation.measured(torch, TensorFloat("cpu", SMALL), sizes, failures, 1e9, {})
+    assert any("are off by" in failure for failure in failures), "products of fewer bits are noticed"

@@ -1,15 +1,20 @@
 """A stage is skipped, continued, extended or refused by its fingerprint."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 
-from curation import storage
+from curation import device, storage
+from curation.duplicates.tiles import join_tiles
 from curation.errors import UserError
-from pipelines.context import Context
+from pipelines import cluster
+from pipelines.context import Context, Resources
 from pipelines.run_directory import PartRecord, PartWriter, RunDirectory
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -135,3 +140,40 @@ def test_a_worker_that_dies_is_tried_again(tmp_path: Path) -> None:
     assert generation is not None
     context.map_parts(generation, [("part-0", 5)], die_once, shared=marker)
     assert [p.rows for p in generation.parts] == [1]
+
+
+def told(number: int, shared: None) -> tuple[bool, str | None, bool]:
+    lender = device._LENT.get()
+    device.current()
+    return lender is not None, os.environ.get("CUDA_VISIBLE_DEVICES"), "torch" in sys.modules
+
+
+@pytest.mark.parametrize(("tasks", "gpus", "share"), [(8, 2.0, 0.125), (3, 1.0, 0.3333), (0, 2.0, 0.0), (8, 0.0, 0.0)])
+def test_tasks_of_products_ask_for_a_share_of_a_gpu_where_there_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tasks: int, gpus: float, share: float
+) -> None:
+    asked: list[float] = []
+    monkeypatch.setattr(cluster, "gpus", lambda: gpus)
+    monkeypatch.setattr(cluster, "spread", lambda *_, num_gpus, **__: asked.append(num_gpus) or [])
+    context = Context(RunDirectory(str(tmp_path)), resources=Resources(tasks_per_gpu=tasks))
+    context.spread(join_tiles, [])
+    context.spread(told, [], heavy=True)
+    context.spread(told, [])
+    assert asked == [share, share, 0.0]
+
+
+@pytest.mark.long
+def test_ray_lends_gpus_to_tasks_of_products_alone(tmp_path: Path) -> None:
+    code = (
+        "import ray, sys\n"
+        "from pipelines import context as c, run_directory as r\n"
+        "from tests.pipelines.test_context import told\n"
+        "import os; os.environ['RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO'] = '0'\n"
+        "ray.init(address='local', num_cpus=2, num_gpus=1, include_dashboard=False, logging_level='ERROR')\n"
+        "context = c.Context(r.RunDirectory(sys.argv[1]))\n"
+        "calls = [(str(i), (i,)) for i in range(4)]\n"
+        "for heavy, expected in ((True, (True, '0', True)), (False, (False, None, False))):\n"
+        "    found = {result for _, result in context.spread(told, calls, heavy=heavy)}\n"
+        "    assert found == {expected}, found\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, cwd=Path(__file__).parents[2])
