@@ -70,28 +70,34 @@ class Grouping:
         cuts = np.r_[0, np.cumsum(lengths)]
         return np.repeat(self.starts[groups] - cuts[:-1], lengths) + np.arange(cuts[-1]), cuts
 
-    def search(self, vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def searched(self, centroids: np.ndarray) -> "Searched":
+        """What every search among these centroids needs."""
+        grouped, means = centroids[self.members], self.means(centroids)
+        return Searched(grouped, _half_norms(grouped), means, _half_norms(means))
+
+    def search(
+        self, vectors: np.ndarray, centroids: np.ndarray, among: "Searched | None" = None
+    ) -> tuple[np.ndarray, np.ndarray]:
         """As `nearest`, but only in the VISITS groups whose means are nearest: what lies elsewhere is missed.
 
-        vectors: (n, d) float32. The best of each group is chosen by float32 products, among these the definition
-        decides.
+        vectors: (n, d) float32. among: `searched` of the centroids. The best of each group is chosen by float32
+        products, among these the definition decides.
         """
+        among = among or self.searched(centroids)
         on = device.current()
         if on is not None:
-            return self._search_on(on, vectors, centroids)
-        best = self._visited(vectors, centroids)
+            return self._search_on(on, vectors, centroids, among)
+        best = self._visited(vectors, among)
         best.sort(axis=1)
         squares = np.stack([squared_distances(vectors, centroids, mine) for mine in best.T], axis=1)
         chosen = squares.argmin(axis=1)[:, None]
         return np.take_along_axis(best, chosen, 1)[:, 0].astype(np.int32), np.take_along_axis(squares, chosen, 1)[:, 0]
 
-    def _visited(self, vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:
+    def _visited(self, vectors: np.ndarray, among: "Searched") -> np.ndarray:
         """(n, visits) int64: the best centroid of each group that is searched."""
         visits = min(VISITS, len(self.starts) - 1)
-        grouped = centroids[self.members]
-        halves = _half_norms(grouped)
-        means = self.means(centroids)
-        scores = _half_norms(means)[None, :] - vectors @ means.T
+        grouped, halves = among.grouped, among.halves
+        scores = among.mean_halves[None, :] - vectors @ among.means.T
         visited = np.argpartition(scores, visits - 1, axis=1)[:, :visits].astype(np.int64)
         best = np.empty(visited.shape, np.int64)
         order = np.argsort(visited.ravel(), kind="stable")
@@ -104,20 +110,30 @@ class Grouping:
                 best.ravel()[places] = self.members[here][found]
         return best
 
-    def _search_on(self, on: Device, vectors: np.ndarray, centroids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _search_on(
+        self, on: Device, vectors: np.ndarray, centroids: np.ndarray, among: "Searched"
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The same; the vectors that rounding leaves open go the CPU's way, where it decides as well."""
-        grouped = centroids[self.members]
-        halves = _half_norms(grouped)
-        slack = 2 * _slack(vectors.shape[1], squared_norms(vectors), halves)
+        slack = 2 * _slack(vectors.shape[1], squared_norms(vectors), among.halves)
         visits = min(VISITS, len(self.starts) - 1)
-        found, sure = on.search(vectors, grouped, halves, self.starts, self.means(centroids), visits, slack)
+        found, sure = on.search(vectors, among.grouped, among.halves, self.starts, among.means, visits, slack)
         labels = self.members[found].astype(np.int32)
         unsure = np.flatnonzero(~sure)
         with device.lent_nothing():
             for start in range(0, len(unsure), CHUNK):
                 rows = unsure[start : start + CHUNK]
-                labels[rows] = self.search(vectors[rows], centroids)[0]
+                labels[rows] = self.search(vectors[rows], centroids, among)[0]
         return labels, squared_distances(vectors, centroids, labels)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """Centroids in the order of groups, (k, d), and means of the groups, (t, d), each with half squared lengths."""
+
+    grouped: np.ndarray
+    halves: np.ndarray
+    means: np.ndarray
+    mean_halves: np.ndarray
 
 
 @dataclass
@@ -142,6 +158,7 @@ def nearest_centroid(
     labels = np.empty(len(vectors), np.int32)
     squares = np.empty(len(vectors), np.float64)
     step = CHUNK if device.current() is None else DEVICE_ROWS
+    among = grouping.searched(centroids) if grouping else None
     with one_thread():
         for start in range(0, len(vectors), step):
             part = slice(start, start + step)
@@ -149,7 +166,7 @@ def nearest_centroid(
             if grouping is None:
                 labels[part], squares[part], _ = nearest(chunk, centroids)
             else:
-                labels[part], squares[part] = grouping.search(chunk, centroids)
+                labels[part], squares[part] = grouping.search(chunk, centroids, among)
     return labels, squares
 
 
