@@ -17,6 +17,11 @@ from typing import Any
 from tests.training.tiny import SERVER
 
 
+SHARED = 232_448
+"""Bytes of shared memory that a program on an H100 may take (CUDA C++ programming guide, table of compute capability
+9.0: 227 KB)."""
+
+
 def compile_launches(run: Callable[[], None]) -> dict[str, str]:
     """{kernel: what ptxas says of the registers of each launch}. Fails where anything does not compile."""
     mine, theirs = SERVER.Pipe()
@@ -57,6 +62,7 @@ def _compile_here(run: Callable[[], None], sent: Any) -> None:
     def compile_only(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         compiled = launch(kernel, *arguments, grid=grid, warmup=True, **options)
         name = kernel.fn.__name__
+        assert compiled.metadata.shared <= SHARED, f"{name} takes {compiled.metadata.shared} bytes of shared memory"
         found[name] = f"{found.get(name, '')} {_resources(triton, compiled.asm['ptx'])};"
         return compiled
 
