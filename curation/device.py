@@ -71,6 +71,7 @@ class Device:
     faiss: Any = None
     """FAISS with GPU support; None: torch selects the top-k."""
     _checked: bool = field(default=False, repr=False)
+    _resources: Any = field(default=None, repr=False)
 
     def above(
         self, left: np.ndarray, right: np.ndarray, bound: float, starts: np.ndarray
@@ -185,7 +186,7 @@ class Device:
             except RuntimeError as error:
                 if not _out_of_memory(error):
                     raise
-                self.faiss = None  # torch goes on, in smaller blocks
+                self.faiss = self._resources = None  # torch goes on, in smaller blocks
         best = np.full((len(queries), 0), -np.inf, np.float32)
         place = np.zeros((len(queries), 0), np.int64)
         for first, columns in self._parts(base):
@@ -202,10 +203,20 @@ class Device:
             best, place = np.take_along_axis(best, order, axis=1), np.take_along_axis(place, order, axis=1)
         return best, place
 
+    def give_back(self) -> None:
+        """Leave the memory that is held for later to others."""
+        import torch
+
+        self._resources = None
+        if self.name != "cpu":
+            torch.cuda.empty_cache()
+
     def _by_faiss(self, queries: np.ndarray, base: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        resources = self.faiss.StandardGpuResources()
-        resources.setTempMemory(self._room())
-        found, at = self.faiss.knn_gpu(resources, queries, base, count, metric=self.faiss.METRIC_INNER_PRODUCT)
+        if self._resources is None:
+            self._resources = self.faiss.StandardGpuResources()
+            self._resources.setTempMemory(self._room() // 4)
+        metric = self.faiss.METRIC_INNER_PRODUCT
+        found, at = self.faiss.knn_gpu(self._resources, queries, base, count, metric=metric)
         return np.asarray(found, np.float32), np.asarray(at, np.int64)
 
     def _torch(self) -> Any:
@@ -214,8 +225,8 @@ class Device:
         # Full float32: TensorFloat-32 keeps 10 bits of the factors and would break every bound.
         torch.backends.cuda.matmul.allow_tf32 = False
         if not self._checked and self.name != "cpu":
-            self._checked = True
             self._check(torch)
+            self._checked = True
         return torch
 
     def _check(self, torch: Any) -> None:
@@ -316,10 +327,8 @@ def lent(device: Device | None = None) -> Iterator[None]:
         yield
     finally:
         _LENT.reset(before)
-        if device is None and _visible.cache_info().currsize and _visible() is not None:
-            import torch
-
-            torch.cuda.empty_cache()
+        if device is None and _visible.cache_info().currsize and (mine := _visible()):
+            mine.give_back()
 
 
 @contextmanager
