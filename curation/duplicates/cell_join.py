@@ -254,8 +254,12 @@ def _bundle(scratch: Reader, task: CellTask, kinds: tuple[bool, ...]) -> Iterato
         coming = visitors.part(visitor_bounds[cell], visitor_bounds[cell + 1])
         if len(tile) > old[cell]:
             yield tile, tile, _resident_starts(np.arange(len(tile)), old[cell])
-        if len(coming) > old_visitors[cell] or (len(coming) and len(tile) > old[cell]):
-            yield coming, tile, _visitor_starts(np.arange(len(coming)), old_visitors[cell], old[cell])
+        before, new = coming.part(0, old_visitors[cell]), coming.part(old_visitors[cell], len(coming))
+        if len(before) and len(tile) > old[cell]:
+            # The few are the queries: a query has a cost of its own.
+            yield (few := tile.part(old[cell], len(tile))), before, np.zeros(len(few), np.int64)
+        if len(new) and len(tile):
+            yield new, tile, np.zeros(len(new), np.int64)
 
 
 def _slice(scratch: Reader, task: CellTask, kinds: tuple[bool, ...]) -> Iterator[tuple[_Held, _Held, np.ndarray]]:

@@ -28,6 +28,8 @@ SKETCH_WORDS = 8
 LEFT_OUT = (0, 16, 64)
 """Leading components that sketches may not see, an eighth of all at most: one of these is chosen on a sample."""
 BLOCK_ROWS = 1024
+PAIR_ROWS = 128
+"""Of a block where sampled pairs are looked at, of which a piece has few."""
 BLOCK_SCORES = 1 << 24
 EXPONENTS = (0.0, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04)
 """How much closer a cell must be per factor e of its size: one of these is chosen on a sample."""
@@ -69,9 +71,9 @@ class Cells:
         """(c,) float32, taken from the score of a cell that is visited."""
         return np.asarray(exponent * np.log(self.sizes * len(self.sizes)), np.float32)
 
-    def scores(self, vectors: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    def scores(self, vectors: np.ndarray, block_rows: int = BLOCK_ROWS) -> Iterator[tuple[slice, np.ndarray]]:
         """(rows, (rows, c) float32 cosines with the centroids) of (n, d) stored vectors, a block at a time."""
-        for rows, _, leading in self._blocks(vectors):
+        for rows, _, leading in self._blocks(vectors, block_rows):
             yield rows, self._cosines(leading)[: rows.stop - rows.start]
 
     def homes(self, vectors: np.ndarray) -> np.ndarray:
@@ -86,7 +88,7 @@ class Cells:
         again what the cell has said. How many to leave out depends on how far true pairs resemble each other there.
         """
         result = np.empty((len(vectors), SKETCH_WORDS), np.uint64)
-        for rows, wide, leading in self._blocks(vectors):
+        for rows, wide, leading in self._blocks(vectors, PAIR_ROWS):
             result[rows] = self._sketched(wide, leading, left_out, rows.stop - rows.start)
         return result
 
@@ -107,12 +109,12 @@ class Cells:
             found_cells.append(cells)
         return homes, np.concatenate(found_rows), np.concatenate(found_cells), bits
 
-    def _blocks(self, vectors: np.ndarray) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
+    def _blocks(self, vectors: np.ndarray, most: int = BLOCK_ROWS) -> Iterator[tuple[slice, np.ndarray, np.ndarray]]:
         """(rows, (b, d) float32 vectors, (b, p) float32 components) a block at a time.
 
         Blocks have one shape, the last is padded: what is computed of a vector does not depend on its company.
         """
-        size = max(64, min(BLOCK_ROWS, BLOCK_SCORES // len(self.centroids) // 64 * 64))
+        size = max(64, min(most, BLOCK_SCORES // len(self.centroids) // 64 * 64))
         wide = np.zeros((size, vectors.shape[1]), np.float32)
         with one_thread():
             for begin in range(0, len(vectors), size):
@@ -138,7 +140,7 @@ class Cells:
         left, right: (p, d) stored vectors.
         """
         result = np.empty((len(left), len(EXPONENTS)), np.float32)
-        for (rows, one), (_, other) in zip(self.scores(left), self.scores(right), strict=True):
+        for (rows, one), (_, other) in zip(self.scores(left, PAIR_ROWS), self.scores(right, PAIR_ROWS), strict=True):
             place = np.arange(len(one))
             home_one, home_other = one.argmax(axis=1), other.argmax(axis=1)
             for k, exponent in enumerate(EXPONENTS):

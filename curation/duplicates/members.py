@@ -39,7 +39,8 @@ class Piece:
     def read(self, dimension: int) -> tuple[np.ndarray, np.ndarray]:
         """((rows,) uint32 nodes, (rows, d) vectors as stored)."""
         _, vectors = read_vectors(self.path, dimension, self.row_groups)
-        return self.numbers(), vectors if self.positions is None else vectors[self.positions]
+        whole = self.positions is None or len(self.positions) == len(vectors)
+        return self.numbers(), vectors if whole else vectors[self.positions]
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Bundle:
 
     def read(self, dimension: int) -> tuple[np.ndarray, np.ndarray]:
         """((rows,) uint32 nodes, (rows, d) vectors as stored)."""
+        if len(self.pieces) == 1:
+            return self.pieces[0].read(dimension)
         nodes, vectors = zip(*(piece.read(dimension) for piece in self.pieces), strict=True)
         return np.concatenate(nodes), np.concatenate(vectors)
 

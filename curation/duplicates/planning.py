@@ -14,14 +14,13 @@ from curation.duplicates.stored import Sampled, draw, rows_name, store_piece
 from curation.duplicates.tasks import JoinOptions, Spread
 from curation.duplicates.truth import Truth
 from curation.errors import UserError
-from curation.order import hash_keys
 
 MEETING = 2048
 """Sampled rows whose meetings tell what a rule costs; an eighth of them meet all."""
 PRODUCT_NANOSECONDS = 1 / 30
 """Of a multiply-add in float32 products of everything; what a plan is compared with."""
-MEASURED_ROWS = 50_000
-"""Old rows that new ones are compared with at least, where only those are joined, to measure recall."""
+MEASURED_ROWS = 1 << 15
+"""Old rows, drawn from all, that new ones are compared with at least to measure recall where only those are joined."""
 COPIES_PER_IMAGE = 4096
 """More true pairs than so many per image are no copies: the vectors or the threshold are wrong."""
 
@@ -48,16 +47,19 @@ def find_plan(
     Read back from scratch where an interrupted join has done so. Raises UserError where nearly everything is above
     the threshold.
     """
-    measured, weight = _measured(members, options) if cells is not None else (set(range(len(members.pieces))), 1.0)
+    share = _measured(members) if cells is not None else 1.0
     calls = [
-        (rows_name(number), (scratch, rows_name(number), piece, members.dimension, number in measured))
+        (
+            rows_name(number),
+            (scratch, rows_name(number), piece, members.dimension, 1.0 if piece.fresh else share, options.seed),
+        )
         for number, piece in enumerate(members.pieces)
         if not scratch.has(rows_name(number))
     ]
     for _ in spread(store_piece, calls):
         pass
     if not scratch.has("plan"):
-        search = Truth(members, options, scratch, spread, tuple(sorted(measured)), weight)
+        search = Truth(members, options, scratch, spread, share)
         scratch.put("plan", _make_plan(members, ids, search, cells))
     numbers = np.array(scratch.get("plan", "numbers")).tolist()
     if not numbers:
@@ -68,18 +70,12 @@ def find_plan(
     )
 
 
-def _measured(members: Members, options: JoinOptions) -> tuple[set[int], float]:
-    """(pieces that new rows are compared with to measure recall, how many old rows each old one there stands for).
+def _measured(members: Members) -> float:
+    """The share of old rows that new ones are compared with to measure recall.
 
     To compare a few new rows with all old ones would cost more than to join them.
     """
-    fresh = {number for number, piece in enumerate(members.pieces) if piece.fresh}
-    old = np.array([number for number in range(len(members.pieces)) if number not in fresh], np.uint64)
-    order = old[np.argsort(hash_keys(old, options.seed, f"{options.purpose} measured"), kind="stable")].tolist()
-    rows = np.cumsum([members.pieces[number].rows for number in order])
-    enough = int(np.searchsorted(rows, max(MEASURED_ROWS, 2 * members.fresh_rows))) + 1
-    taken = order[:enough]
-    return fresh | set(taken), float(rows[-1] / rows[len(taken) - 1]) if taken else 1.0
+    return min(1.0, max(MEASURED_ROWS, 2 * members.fresh_rows) / max(1, members.rows - members.fresh_rows))
 
 
 def _make_plan(members: Members, ids: np.ndarray, search: Truth, given: Cells | None) -> dict[str, np.ndarray]:

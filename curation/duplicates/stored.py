@@ -23,8 +23,13 @@ def rows_name(piece: int) -> str:
     return f"rows/{piece:05d}"
 
 
-def store_piece(scratch: Scratch, name: str, piece: Piece | Bundle, dimension: int, sketched: bool, _: Any) -> None:
-    """Write one piece raw; of equal vectors only the smallest node, and an edge to it. sketched: for `truth`."""
+def store_piece(
+    scratch: Scratch, name: str, piece: Piece | Bundle, dimension: int, share: float, seed: int, _: Any
+) -> None:
+    """Write one piece raw; of equal vectors only the smallest node, and an edge to it.
+
+    share: of its rows, those that `truth` compares with, drawn by what they hold; they are sketched.
+    """
     nodes, stored = piece.read(dimension)
     contents = content(stored)
     stands_for, equal = distinct(nodes, stored, contents)
@@ -39,9 +44,12 @@ def store_piece(scratch: Scratch, name: str, piece: Piece | Bundle, dimension: i
         "row_of": row_of.astype(np.uint32),
         "copies": np.bincount(row_of, minlength=int(kept.sum())).astype(np.uint32),
     }
-    if sketched:
-        arrays["sketches"] = sketch.sketches(arrays["vectors"])
-    scratch.put(name, arrays)
+    sampled = arrays["vectors"]
+    if share < 1:
+        limit = np.uint64(share * float(2**64 - 2**12))
+        arrays["sampled"] = np.flatnonzero(hash_keys(contents[kept], seed, "measured") <= limit)
+        sampled = sampled[arrays["sampled"]]
+    scratch.put(name, arrays | {"sketches": sketch.sketches(sampled)})
 
 
 def content(stored: np.ndarray) -> np.ndarray:

@@ -33,10 +33,8 @@ class Truth:
     options: JoinOptions
     scratch: Scratch
     spread: Spread
-    pieces: tuple[int, ...]
-    """Those that are compared with."""
-    weight: float
-    """Pairs that one with an old row among them stands for."""
+    share: float = 1.0
+    """Of the old rows, those that are compared with."""
 
     def pairs(self, asked: Sampled, cells: Cells) -> np.ndarray:
         """(p,) SAMPLE_PAIR, ordered by query and node."""
@@ -45,21 +43,26 @@ class Truth:
         vectors = asked.vectors(self.scratch)
         shared = (asked, vectors, sketch.sketches(vectors), cells, self.members.half, self.options)
         calls = [
-            (rows_name(number), (self.scratch, number, 1.0 if self.members.pieces[number].fresh else self.weight))
-            for number in self.pieces
+            (rows_name(number), (self.scratch, number, 1.0 if piece.fresh else self.share))
+            for number, piece in enumerate(self.members.pieces)
         ]
         results = sorted(self.spread(search_queries, calls, shared=shared), key=lambda item: item[0])
         return np.sort(np.concatenate([found for _, found in results]), order=["query", "node"])
 
 
-def search_queries(scratch: Scratch, piece: int, each: float, shared: Any) -> np.ndarray:
-    """The true pairs of the queries with one piece's rows, as (p,) SAMPLE_PAIR.
+def search_queries(scratch: Scratch, piece: int, share: float, shared: Any) -> np.ndarray:
+    """The true pairs of the queries with one piece's rows, or with `share` of them, as (p,) SAMPLE_PAIR.
 
-    A row counts for all its equals, and those for `each`.
+    A row counts for all its equals, and for those that were not drawn.
     """
     sampled, asked, mine, cells, half, options = shared
     queries = sampled.node
     nodes, bits, stored, copies = (scratch.get(rows_name(piece), k) for k in ("nodes", "sketches", "vectors", "copies"))
+    if share < 1:
+        drawn = scratch.get(rows_name(piece), "sampled")
+        nodes, stored, copies = nodes[drawn], stored[drawn], copies[drawn]
+    if not len(nodes):
+        return np.empty(0, recalls.SAMPLE_PAIR)
     own = np.where(sampled.piece == piece, sampled.row, -1)
     parts = [np.empty(0, recalls.SAMPLE_PAIR)]
     lefts, rights = [], []
@@ -76,7 +79,7 @@ def search_queries(scratch: Scratch, piece: int, each: float, shared: Any) -> np
             true = values > np.float32(options.threshold)
             pairs = np.zeros(int(true.sum()), recalls.SAMPLE_PAIR)
             pairs["query"], pairs["node"] = queries[one[true]], nodes[other_row[true]]
-            pairs["similarity"], pairs["weight"] = values[true], each * weight[part][true]
+            pairs["similarity"], pairs["weight"] = values[true], weight[part][true] / share
             parts.append(pairs)
             lefts.append(one[true])
             rights.append(other_row[true])

@@ -39,6 +39,7 @@ class Reversed(Context):
         shared: Any = None,
         num_cpus: float = 1,
         memory_bytes: int | None = None,
+        heavy: bool = False,
     ) -> Iterable[tuple[str, Any]]:
         for name, arguments in reversed(list(calls)):
             ran.append(f"{function.__name__} {name}")
