@@ -28,7 +28,7 @@ def store_piece(
 ) -> None:
     """Write one piece raw; of equal vectors only the smallest node, and an edge to it.
 
-    share: of its rows, those that `truth` compares with, drawn by what they hold; they are sketched.
+    share: of its rows, those that `truth` compares with, drawn by node; they are sketched.
     """
     nodes, stored = piece.read(dimension)
     contents = content(stored)
@@ -47,7 +47,7 @@ def store_piece(
     sampled = arrays["vectors"]
     if share < 1:
         limit = np.uint64(share * float(2**64 - 2**12))
-        arrays["sampled"] = np.flatnonzero(hash_keys(contents[kept], seed, "measured") <= limit)
+        arrays["sampled"] = np.flatnonzero(hash_keys(nodes[kept].astype(np.uint64), seed, "measured") <= limit)
         sampled = sampled[arrays["sampled"]]
     scratch.put(name, arrays | {"sketches": sketch.sketches(sampled)})
 

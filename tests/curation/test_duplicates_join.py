@@ -319,6 +319,21 @@ def test_kept_files_lie_on_any_filesystem_and_are_equal_for_equal_arrays() -> No
     assert kept.read("memory://kept/a.npz", "other") is None and kept.read("memory://kept/c.npz", "key") is None
 
 
+def test_recall_of_new_rows_is_measured_against_a_sample_of_the_old_ones_that_stands_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, first, keep = grown(tmp_path, monkeypatch)
+    every = np.arange(2600)
+    whole = pool.join("all", 1, every, first.cells, keep)
+    monkeypatch.setattr(planning, "MEASURED_ROWS", 1)  # twice as many as are new then: 1,200 of 2,000
+    sampled = pool.join("sampled", 1, every, first.cells, keep)
+    assert sampled.forest.tobytes() == whole.forest.tobytes()
+    drawn = [len(np.load(path)) for path in (tmp_path / "sampled" / "rows").glob("*/sampled.npy")]
+    assert 900 < sum(drawn) < 1300
+    assert abs(sampled.report["pairs_measured"] / whole.report["pairs_measured"] - 1) < 0.35
+    assert abs(sampled.report["recall"] - whole.report["recall"]) < 0.05
+
+
 def test_interrupted_join_tells_of_all_it_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pool, first, _ = grown(tmp_path, monkeypatch)
     for name in sorted((tmp_path / "s0" / "cells").iterdir())[1:]:
