@@ -16,7 +16,6 @@ from typing import Any
 
 from tests.training.tiny import SERVER
 
-
 SHARED = 232_448
 """Bytes of shared memory that a program on an H100 may take (CUDA C++ programming guide, table of compute capability
 9.0: 227 KB)."""

@@ -34,46 +34,46 @@ def compare(layout: Layout, heads: int, channels: int, kind: torch.dtype, spread
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16])
 def test_short_sequences_are_those_of_float64_with_their_gradients(kind: torch.dtype) -> None:
-    for length in (1, 37, 41, 50, 54, 64):
+    for length in (1, 37, 50, 64) if kind == torch.float32 else (41, 54):
         compare(Layout((1 + (length == 50),), (length,)), 1, 64, kind)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float16])
 def test_long_sequences_are_those_of_float64_with_their_gradients(kind: torch.dtype) -> None:
-    for length in (65, 128, 197, 201, 257, 261) if kind == torch.float32 else (201, 257):
+    for length in (65, 128, 197) if kind == torch.float32 else (201, 257):
         compare(Layout((1,), (length,)), 1, 64, kind)
 
 
 def test_sequences_of_two_lengths_lie_one_behind_another() -> None:
-    compare(Layout((1, 2), (257, 50)), 2, 64, torch.float32)
-    compare(Layout((2, 0, 1), (37, 50, 197)), 1, 64, torch.bfloat16)
+    compare(Layout((1, 2), (70, 50)), 2, 32, torch.float32)
+    compare(Layout((2, 0, 1), (37, 50, 70)), 1, 64, torch.bfloat16)
 
 
-@pytest.mark.long
-def test_a_sequence_of_1370_tokens_is_that_of_float64() -> None:
-    compare(Layout((1,), (1370,)), 1, 64, torch.float16)
+def test_a_sequence_of_more_than_512_tokens_in_its_larger_tiles_is_that_of_float64() -> None:
+    """602 leaves as much over as 1370 does: 90 of 128 rows, 26 of 64 keys."""
+    compare(Layout((1,), (602,)), 1, 16, torch.float16)
 
 
-@pytest.mark.parametrize("channels", [8, 32, 80, 128])
+@pytest.mark.parametrize("channels", [8, 80, 128])
 def test_heads_of_other_widths(channels: int) -> None:
-    compare(Layout((1, 1), (50, 70)), 2, channels, torch.float32)
+    compare(Layout((1, 1), (20, 70)), 1, channels, torch.float32)
 
 
 def test_large_scores_stay_finite_and_right() -> None:
-    compare(Layout((1, 1), (50, 70)), 1, 64, torch.float32, spread=6.0)
+    compare(Layout((1, 1), (20, 70)), 1, 64, torch.float32, spread=6.0)
 
 
 def test_strided_inputs_and_gradients_are_read_where_they_are() -> None:
-    layout = Layout((2, 1), (50, 67))
-    wide = torch.randn(167, 3, 2, 72)
+    layout = Layout((2, 1), (20, 67))
+    wide = torch.randn(107, 3, 2, 72)
     views = {
         "between columns": wide[..., :64],
-        "heads before parts": torch.randn(167, 2, 3, 64).transpose(1, 2),
-        "channels apart": torch.randn(167, 3, 64, 2).transpose(2, 3),
+        "heads before parts": torch.randn(107, 2, 3, 64).transpose(1, 2),
+        "channels apart": torch.randn(107, 3, 64, 2).transpose(2, 3),
     }
     for view in views.values():
         qkv, exact = view.requires_grad_(), view.detach().double().requires_grad_()
-        gradient = torch.randn(167, 64, 2).transpose(1, 2)
+        gradient = torch.randn(107, 64, 2).transpose(1, 2)
         got, expected = attend_triton(qkv, layout), attend_per_length(exact, layout)
         (mine,) = torch.autograd.grad(got, qkv, gradient)
         (theirs,) = torch.autograd.grad(expected, exact, gradient.double())
@@ -82,10 +82,10 @@ def test_strided_inputs_and_gradients_are_read_where_they_are() -> None:
 
 def test_everything_is_written_and_equal_runs_give_equal_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs begin as NaN: what a kernel leaves out shows."""
-    empty, layout = torch.empty, Layout((2, 1), (41, 70))
+    empty, layout = torch.empty, Layout((2, 1), (20, 70))
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(torch.nan))
     monkeypatch.setattr(torch, "empty_like", lambda x: torch.empty(x.shape, dtype=x.dtype))
-    qkv, gradient = torch.randn(152, 3, 2, 64), torch.randn(152, 2, 64)
+    qkv, gradient = torch.randn(110, 3, 1, 64), torch.randn(110, 1, 64)
     runs = []
     for _ in range(2):
         out, lse = attention.forward(qkv, *map(list, layout))

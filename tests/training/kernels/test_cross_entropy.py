@@ -155,7 +155,7 @@ def test_what_is_not_finite_stays_so() -> None:
 
 @pytest.mark.parametrize("changes", [{}, {"losses": {"centering": "softmax"}, "heads": {"ibot": None}}])
 def test_a_training_with_kernels_is_one_without(tmp_path: Any, changes: dict[str, Any]) -> None:
-    told = {"steps": 2, "batch_size": 2, **changes}
+    told = {"steps": 2, "batch_size": 2, "model": {"depth": 1}, **changes}
     run_here(tmp_path / "plain", **told)
     run_here(tmp_path / "kernels", kernels={"losses": "triton"}, **told)
     for mine, theirs in zip(figures(tmp_path / "kernels"), figures(tmp_path / "plain"), strict=True):

@@ -102,7 +102,7 @@ def test_a_training_in_chunks_is_one_with_all_logits(
     tmp_path: Any, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(prototypes, "CHUNK", 300)
-    told = {"steps": 2, "batch_size": 2 * changes.get("accumulate", 1), **changes}
+    told = {"steps": 2, "batch_size": 2 * changes.get("accumulate", 1), "model": {"depth": 1}, **changes}
     run_here(tmp_path / "kept", **told | {"kernels": {}})
     run_here(tmp_path / "chunks", **told | {"kernels": changes.get("kernels", {}) | {"student_logits": "chunked"}})
     for mine, theirs in zip(figures(tmp_path / "chunks"), figures(tmp_path / "kept"), strict=True):
