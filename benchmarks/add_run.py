@@ -1,6 +1,6 @@
 """Measures `curate add` against a full run, from download to manifest, on the demo's web.
 
-    python -m benchmarks.add_run --out benchmarks/results/add-run.json
+    python -m benchmarks.add_run --out benchmarks/results/curate-add.json
 
 The demo's URL list is cut in two by the hash of each URL: `curate run` with 95 %, then `curate add` with the other
 5 %, both against the demo's web server (`python -m demo --set-up` makes the web). CPU seconds are those of the command

@@ -19,7 +19,7 @@ MEETING = 2048
 """Sampled rows whose meetings tell what a rule costs; an eighth of them meet all."""
 PRODUCT_NANOSECONDS = 1 / 30
 """Of a multiply-add in float32 products of everything; what a plan is compared with."""
-MEASURED_ROWS = 1 << 15
+MEASURED_ROWS = 50_000
 """Old rows, drawn from all, that new ones are compared with at least to measure recall where only those are joined."""
 COPIES_PER_IMAGE = 4096
 """More true pairs than so many per image are no copies: the vectors or the threshold are wrong."""

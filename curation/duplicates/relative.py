@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from curation import products
+from curation.device import heavy
 from curation.duplicates.components import component_sizes, components
 from curation.duplicates.forest import EDGE, ForestMerger, edges
 from curation.duplicates.join import self_join
@@ -83,6 +84,7 @@ def relative_join(
     )
 
 
+@heavy
 def join_references(
     scratch: Scratch,
     name: str,
