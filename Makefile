@@ -27,7 +27,7 @@ demo: setup
 
 # In two processes, each file's tests in one of them.
 test: setup
-	$(PYTHON) -m pytest -m "not long" --numprocesses 2 --dist loadfile
+	$(PYTHON) -m pytest -m "not long" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Everything, the long families included; writes benchmarks/results/test-full.json.
 test-full: setup
