@@ -22,12 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_augmentation import augmentation
-from benchmarks.gpu_blocks import blocks
-from benchmarks.gpu_curation import curation
-from benchmarks.gpu_losses import losses
-from benchmarks.gpu_training import training_steps
-
 RESULTS = Path(__file__).parent / "results"
 BUDGET_S = 450
 """Of all parts; the machine's lease ends a command after ten minutes."""
@@ -37,6 +31,18 @@ Part = Callable[[Any, dict[str, Any], Any], Any]
 
 def main() -> int:
     """Run everything, or the parts that are named, within the budget and write the figures. Returns an exit code."""
+    try:
+        import numpy  # noqa: F401
+        import torch
+    except ImportError as error:
+        sys.stderr.write(f"make gpu: {error}; name a Python that has torch and numpy: make gpu GPU_PYTHON=...\n")
+        return 2
+    from benchmarks.gpu_augmentation import augmentation
+    from benchmarks.gpu_blocks import blocks
+    from benchmarks.gpu_curation import curation
+    from benchmarks.gpu_losses import losses
+    from benchmarks.gpu_training import training_steps
+
     parts: dict[str, tuple[Part, float]] = {
         "blocks": (blocks, 130),
         "losses": (losses, 70),
@@ -50,8 +56,6 @@ def main() -> int:
     if unknown := set(asked) - set(parts):
         sys.stderr.write(f"make gpu: no part {', '.join(sorted(unknown))}; there are {', '.join(parts)}\n")
         return 2
-    import torch
-
     if not torch.cuda.is_available():
         sys.stderr.write("make gpu: torch sees no CUDA device on this machine; nothing was measured\n")
         return 2
