@@ -70,6 +70,7 @@ def work(document: dict[str, Any]) -> None:
 
 def submit(config: TrainConfig, command: str, processes: int, address: str) -> str:
     """Send the training to a cluster as a job that starts it there; the job's name. Raises UserError."""
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
     with tempfile.TemporaryDirectory() as folder:
@@ -83,7 +84,7 @@ def submit(config: TrainConfig, command: str, processes: int, address: str) -> s
                     runtime_env={"working_dir": folder},
                 )
             )
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
             raise UserError(
                 f"--ray-address {address}: the job could not be submitted ({str(error).splitlines()[0]})", exit_code=1
             ) from error

@@ -51,3 +51,15 @@ def test_a_worker_leaves_its_result_or_the_sentence_of_its_error(tmp_path: Path)
 def test_a_job_that_cannot_be_submitted_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--ray-address http://127\.0\.0\.1:9: the job could not be submitted"):
         launch.submit(configuration(tmp_path, "ray"), "train", 2, "http://127.0.0.1:9")
+
+
+def test_a_cluster_that_wants_a_token_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray import job_submission
+    from ray.exceptions import AuthenticationError
+
+    def refuse(address: str) -> None:
+        raise AuthenticationError("Missing authentication token")
+
+    monkeypatch.setattr(job_submission, "JobSubmissionClient", refuse)
+    with pytest.raises(UserError, match=r"could not be submitted .*authentication token"):
+        launch.submit(configuration(tmp_path, "ray"), "train", 2, "http://127.0.0.1:9")
