@@ -212,3 +212,21 @@ MANIFEST = pa.schema(
 def embeddings_schema(dimension: int) -> pa.Schema:
     """`image_id` and an L2-normalised float16 vector."""
     return pa.schema([ID, column("embedding", pa.list_(pa.float16(), dimension), "L2-normalised", nullable=False)])
+
+
+ACTIONS, SCOPES = ("drop", "keep", "note"), ("image", "component", "cluster", "host")
+
+DECISIONS = pa.schema(
+    [
+        column(
+            "image_id", pa.uint64(), "an image that the decision covered when it was made; null for a note on a scope"
+        ),
+        column("action", pa.string(), " | ".join(ACTIONS), nullable=False),
+        column("scope", pa.string(), " | ".join(SCOPES) + ": what was decided on", nullable=False),
+        column("target", pa.string(), "image id, component id, LEVEL:CLUSTER or host", nullable=False),
+        column("author", pa.string(), "who decided", nullable=False),
+        column("made_at", pa.timestamp("us", "UTC"), "when; the last decision on an image counts", nullable=False),
+        column("note", pa.string(), "why"),
+    ]
+)
+"""One file per batch in RUN/decisions, a row per image it covers: resolved when made, so that readers need no join."""
