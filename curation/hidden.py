@@ -30,7 +30,7 @@ def forgotten_ids(run: str) -> np.ndarray:
 
 
 def dropped_ids(run: str) -> np.ndarray:
-    """Ids whose last decision under RUN/decisions is to drop them, sorted uint64. Raises UserError for a damaged file."""
+    """Ids that the last decision under RUN/decisions drops, sorted uint64. Raises UserError for a damaged file."""
     batches = [_decisions(path) for path in storage.list_files(storage.join(run, DECIDED), ".parquet")]
     if not batches:
         return np.empty(0, np.uint64)
