@@ -143,6 +143,10 @@ class Generation:
     parts: list[PartRecord] = field(default_factory=list)
     files: dict[str, dict[str, Any]] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
+    identity: str | None = None
+    """`digest` as it was before images were taken out: what was made of the generation stays made of it."""
+    certificates: list[str] = field(default_factory=list)
+    """Under RUN/forgotten: by which images were taken out of it, and its parts got new checksums."""
 
     @property
     def writer(self) -> PartWriter:
@@ -150,7 +154,9 @@ class Generation:
 
     @property
     def digest(self) -> str:
-        """Of the content: what the next stage's fingerprint names as its input."""
+        """Of the content as it was made: what the next stage's fingerprint names as its input."""
+        if self.identity is not None:
+            return self.identity
         text = json.dumps([[p.name, p.rows, p.sha256] for p in self.parts] + [self.files], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -243,11 +249,14 @@ class StageDirectory:
             parts=[PartRecord(**part) for part in entry["parts"]],
             files=dict(entry["files"]),
             summary=dict(entry["summary"]),
+            identity=entry.get("identity"),
+            certificates=list(entry.get("certificates", [])),
         )
 
 
 def _to_json(generation: Generation) -> dict[str, Any]:
-    return {
+    forgotten = {"identity": generation.identity, "certificates": generation.certificates}
+    return (forgotten if generation.certificates else {}) | {
         "generation": generation.number,
         "complete": generation.complete,
         "fingerprint": asdict(generation.fingerprint),

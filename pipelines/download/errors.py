@@ -4,7 +4,7 @@ A row's `error` is `class: detail`. Details are composed here and by whoever rai
 library's message: those repeat URLs, and a URL may carry credentials or a signed query string.
 """
 
-EXCLUDED = frozenset({"robots_disallowed", "x_robots_tag", "opted_out", "blocked_domain"})
+EXCLUDED = frozenset({"robots_disallowed", "x_robots_tag", "opted_out", "blocked_domain", "forgotten"})
 """Somebody asked us not to: status `excluded`."""
 
 TRANSIENT = frozenset(
