@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
 from curation import exact, thresholds
+from curation.blocklist import REASON, BlockList
 from curation.thresholds import Thresholds
 from pipelines import shuffle
 from pipelines.context import Context
@@ -30,6 +32,7 @@ class Deciding:
     exempt: frozenset[str]
     scratch: str
     distance: int
+    blocked: BlockList | None = None
 
 
 class DuplicateSearch:
@@ -110,8 +113,19 @@ def read_records(
     return shuffle.scatter(path, records, exact.bucket_of(records["digest"][:, 3], buckets), buckets), ranges
 
 
-def _dropped(table: object, deciding: Deciding) -> np.ndarray:
-    return np.asarray(thresholds.reasons(table, deciding.thresholds, deciding.exempt) != "")
+def reasons(table: pa.Table, deciding: Deciding) -> np.ndarray:
+    """(n,) of str: why each row is dropped for what it is, empty where it passes: forgotten before anything else."""
+    found = thresholds.reasons(table, deciding.thresholds, deciding.exempt)
+    if deciding.blocked is not None:
+        ids = table["image_id"].to_numpy()
+        copies = deciding.blocked.same_pixels(ids, table["pixel_sha256"].to_pylist())
+        copies |= deciding.blocked.near_hashes(ids, table["pca_hash"].to_pylist(), deciding.distance)
+        found[copies & (np.array(table["status"].to_pylist(), object) == "ok")] = REASON
+    return found
+
+
+def _dropped(table: pa.Table, deciding: Deciding) -> np.ndarray:
+    return np.asarray(reasons(table, deciding) != "")
 
 
 def search_bucket(

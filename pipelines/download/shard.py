@@ -19,8 +19,10 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
+from curation.blocklist import BlockList
 from curation.errors import UserError
 from curation.schemas import IMAGES, SOURCE_SHIFT
+from pipelines.blocking import BY_BYTES, Blocked
 from pipelines.download import addresses, errors
 from pipelines.download.errors import FetchError
 from pipelines.download.opener import FetchRules, Opener, worker_opener
@@ -49,6 +51,7 @@ class ShardRules:
     folder: str
     opted_out: np.ndarray
     """(n,) uint64, sorted: the first halves of the keys of opted-out URLs."""
+    blocked: BlockList | None = None
 
 
 def download_part(writer: PartWriter, name: str, task: PieceTask, rules: ShardRules) -> PartRecord:
@@ -56,7 +59,7 @@ def download_part(writer: PartWriter, name: str, task: PieceTask, rules: ShardRu
     piece = task.read()
     collected, refused = fetch(piece, rules)
     relative = f"shards/{name}.tar"
-    rows, tar = assemble(piece, collected, refused, task.source, f"{rules.folder}/{relative}")
+    rows, tar = assemble(piece, collected, refused, task.source, f"{rules.folder}/{relative}", Blocked(rules.blocked))
     if [row["image_id"] for row in rows] != piece["image_id"].to_pylist():
         raise RuntimeError(f"{name}: {piece.num_rows} URLs gave {len(rows)} rows")
     table = pa.Table.from_pylist(rows, schema=IMAGES)
@@ -69,7 +72,13 @@ def fetch(piece: pa.Table, rules: ShardRules) -> tuple[Collector, dict[int, Fetc
     refused: dict[int, FetchError] = {}
     wanted: dict[int, addresses.Target] = {}
     repeats = piece["duplicate_of"].is_valid().to_pylist()
-    for row, url in enumerate(piece["place"].to_pylist()):
+    urls = piece["place"].to_pylist()
+    # Whoever made the list may not have known: it was forgotten meanwhile.
+    blocked = Blocked(rules.blocked).urls(urls) | piece["error"].is_valid().to_numpy(zero_copy_only=False)
+    for row, url in enumerate(urls):
+        if blocked[row]:
+            refused[row] = FetchError("forgotten", "by its URL")
+            continue
         if repeats[row]:
             continue
         try:
@@ -161,14 +170,16 @@ def _make_opener(rules: ShardRules) -> Opener:
     gate = HostGate(
         machine_folder(rules.token), rules.requests_per_host, rules.seconds_between_requests, rules.host_wait_s
     )
-    listed = rules.opted_out
+    listed, blocked = rules.opted_out, Blocked(rules.blocked)
 
     def opted_out(url: str) -> bool:
         key = url_keys([url])[0, 0]
         place = int(np.searchsorted(listed, key))
-        return place < len(listed) and bool(listed[place] == key)
+        return (place < len(listed) and bool(listed[place] == key)) or bool(blocked.urls([url])[0])
 
-    return Opener(rules.fetch, gate, opted_out) if len(listed) else Opener(rules.fetch, gate)
+    if not len(listed) and rules.blocked is None:
+        return Opener(rules.fetch, gate)
+    return Opener(rules.fetch, gate, opted_out)
 
 
 class Sizer:
@@ -220,7 +231,12 @@ def shrink(data: bytes, kind: str, max_side: int) -> tuple[bytes, int, int]:
 
 
 def assemble(
-    piece: pa.Table, collected: Collector, refused: dict[int, FetchError], source: str, shard: str
+    piece: pa.Table,
+    collected: Collector,
+    refused: dict[int, FetchError],
+    source: str,
+    shard: str,
+    blocked: Blocked | None = None,
 ) -> tuple[list[dict[str, Any]], mmap.mmap | None]:
     """One row of IMAGES per row of the piece, in order, and the tar they point into (None without images)."""
     from embeddings.decoding import sniff
@@ -237,6 +253,9 @@ def assemble(
             "status": "ok",
         }
         rows.append(row)
+        if number in refused and refused[number].name == "forgotten":
+            row |= {"status": "excluded", "error": str(refused[number]), "url": None, "caption": None, "label": None}
+            continue
         if listed["duplicate_of"] is not None:
             row |= {"status": "duplicate_url", "duplicate_of": listed["duplicate_of"]}
             continue
@@ -247,6 +266,9 @@ def assemble(
             row |= {"status": errors.status_of(name), "error": error}
             continue
         meta, data = sample.meta, collected.read(sample.place)
+        if blocked is not None and blocked.bytes(bytes.fromhex(meta["sha256"])):
+            row |= {"status": "excluded", "error": BY_BYTES}
+            continue
         row |= {name: meta[name] for name in ("width", "height", "original_width", "original_height")}
         row |= {
             "sha256": bytes.fromhex(meta["sha256"]),

@@ -14,10 +14,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from curation import storage
+from curation import blocklist, storage
 from curation.errors import UserError
 from curation.schemas import STATUSES, image_id
 from pipelines import pieces, sources
+from pipelines.blocking import Blocked, emptied
 from pipelines.context import Context, Outcome, StageConfig
 from pipelines.download import addresses
 from pipelines.download.errors import FetchError
@@ -134,7 +135,7 @@ def execute(
         return _skipped(context, {"source": source.number})
     index = pieces.read_index(generation)
     if index is None:
-        _write_list(context, generation, source, listed, config.shard_rows)
+        _write_list(context, generation, source, listed, config.shard_rows, Blocked(rules.blocked))
         index = [(source.number, rows)]
         pieces.write_index(generation, index)
     return _fetch(context, generation, pieces.tasks(generation, index, config.shard_rows, {source.number: name}), rules)
@@ -208,15 +209,18 @@ def _prepare(context: Context, config: DownloadConfig) -> tuple[dict[str, Any], 
         max_side=config.max_side,
         folder="",
         opted_out=opted_out,
+        blocked=blocklist.load(context.run.root),
     )
     return options, rules
 
 
-def _write_list(context: Context, generation: Generation, source: Source, listed: UrlList, shard_rows: int) -> None:
+def _write_list(
+    context: Context, generation: Generation, source: Source, listed: UrlList, shard_rows: int, blocked: Blocked
+) -> None:
     """Lay the list out in pieces, with the rows that repeat an earlier URL marked.
 
     Repeats are looked for in the list itself and, for pool lists, in the pool lists before it: a
-    seed or reference image keeps its own bytes, or its set would lose it.
+    seed or reference image keeps its own bytes, or its set would lose it. Blocked URLs are not written down.
     """
     first_id = image_id(source.number, 0)
     earlier: list[str] = []
@@ -228,19 +232,20 @@ def _write_list(context: Context, generation: Generation, source: Source, listed
     with tempfile.TemporaryDirectory(prefix="curate-list-") as scratch:
         finder = DuplicateUrls(scratch, source.rows, first_id)
         for table in listed.batches():
-            finder.add(table["url"].to_pylist())
+            urls = table["url"].to_pylist()
+            finder.add([None if out else url for url, out in zip(urls, blocked.urls(urls), strict=True)])
         if finder.rows != source.rows:
             raise UserError(f"{source.origin}: changed while it was read; run the same command again", exit_code=1)
         finder.resolve(earlier, generation.file("keys") if source.role == "pool" else None)
-        pieces.write_pieces(generation, source.number, _with_ids(listed, finder, first_id), shard_rows)
+        pieces.write_pieces(generation, source.number, _with_ids(listed, finder, first_id, blocked), shard_rows)
 
 
-def _with_ids(listed: UrlList, finder: DuplicateUrls, first_id: int) -> Iterator[pa.Table]:
+def _with_ids(listed: UrlList, finder: DuplicateUrls, first_id: int, blocked: Blocked) -> Iterator[pa.Table]:
     row = 0
     for table in listed.batches():
         count = table.num_rows
         repeated = finder.duplicates(row, count)
-        yield pa.Table.from_arrays(
+        with_ids = pa.Table.from_arrays(
             [
                 pa.array(np.arange(first_id + row, first_id + row + count, dtype=np.uint64)),
                 table["url"],
@@ -252,6 +257,8 @@ def _with_ids(listed: UrlList, finder: DuplicateUrls, first_id: int) -> Iterator
             ],
             schema=pieces.PIECE,
         )
+        out = blocked.urls(table["url"].to_pylist())
+        yield emptied(with_ids, out) if out.any() else with_ids
         row += count
 
 

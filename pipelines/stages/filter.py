@@ -14,12 +14,13 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
-from curation import exact, thresholds
+from curation import blocklist, exact
 from curation.schemas import IMAGES
 from curation.thresholds import Thresholds
 from pipelines import shuffle
 from pipelines.context import Context, MadeOtherwiseError, Outcome
 from pipelines.duplicate_search import Deciding, DuplicateSearch
+from pipelines.duplicate_search import reasons as why_dropped
 from pipelines.image_parts import read_images, role
 from pipelines.run_directory import Generation, PartRecord, PartWriter
 from pipelines.stages import score
@@ -91,6 +92,7 @@ def execute(context: Context, config: FilterConfig) -> Outcome:
         exempt=frozenset(source.name for source in context.run.sources() if source.exempt),
         scratch=scratch,
         distance=config.pca_hash_distance,
+        blocked=blocklist.load(context.run.root),
     )
     names, paths, rows = [], [], 0
     for record, taken in _parts(context, generation):
@@ -126,7 +128,7 @@ def decide_part(writer: PartWriter, name: str, task: tuple[str, np.ndarray], dec
     """The part with its final status. task: (path in score, (n,) exact.DROP that holds all of its own)."""
     path, drops = task
     table = read_images(path)
-    reasons = thresholds.reasons(table, deciding.thresholds, deciding.exempt)
+    reasons = why_dropped(table, deciding)
     status, error, duplicate_of = (table[column].to_pylist() for column in ("status", "error", "duplicate_of"))
     for row in np.flatnonzero(reasons != "").tolist():
         status[row], error[row] = "dropped", reasons[row]

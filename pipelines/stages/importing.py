@@ -15,11 +15,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation import storage
+from curation import blocklist, storage
+from curation.blocklist import BlockList
 from curation.errors import UserError
 from curation.locations import read_ranges
 from curation.schemas import IMAGES, STATUSES, image_id
 from pipelines import pieces, sources
+from pipelines.blocking import BY_BYTES, BY_URL, Blocked, without_blocked
 from pipelines.context import Context, Outcome
 from pipelines.download.shard import decode_failure
 from pipelines.run_directory import PartRecord, PartWriter, Source
@@ -43,6 +45,7 @@ class ImportRules:
 
     run: str
     label_column: str | None
+    blocked: BlockList | None = None
 
 
 @dataclass(frozen=True)
@@ -106,15 +109,17 @@ def _import_listing(
     generation = context.begin_keyed(NAME, REVISION, options, {"source": source.number, "list": source.digest})
     if generation is None:
         return _skipped(context, source)
+    blocked = blocklist.load(context.run.root)
     index = pieces.read_index(generation)
     if index is None:
         tables = _tables(kind, origin, options["label_column"], Listing(origin))
-        written = pieces.write_pieces(generation, source.number, _with_ids(context, source, tables), ROWS_PER_PART)
+        listed = without_blocked(_with_ids(context, source, tables), Blocked(blocked), "url")
+        written = pieces.write_pieces(generation, source.number, listed, ROWS_PER_PART)
         if written != source.rows:
             raise UserError(f"{origin}: changed while it was read; run the same command again", exit_code=1)
         index = [(source.number, written)]
         pieces.write_index(generation, index)
-    rules = ImportRules(sources.absolute_root(context), options["label_column"])
+    rules = ImportRules(sources.absolute_root(context), options["label_column"], blocked)
     tasks = pieces.tasks(generation, index, ROWS_PER_PART, {source.number: source.name})
     context.map_parts(generation, tasks, import_part, shared=rules)
     return context.finish(generation, _summary(generation.parts, {"ignored_files": measured.ignored}))
@@ -148,7 +153,8 @@ def _import_tars(context: Context, origin: str, about: dict[str, Any], options: 
             task = TarTask(path, first, count, source.number, row, source.name)
             tasks.append((pieces.part_name(source.number, len(tasks)), task))
             row += count
-    rules = ImportRules(sources.absolute_root(context), options["label_column"])
+    blocked = blocklist.load(context.run.root)
+    rules = ImportRules(sources.absolute_root(context), options["label_column"], blocked)
     context.map_parts(generation, tasks, import_tar_part, shared=rules)
     return context.finish(generation, _summary(generation.parts, {"tars": len(paths), "damaged_tars": damaged}))
 
@@ -381,7 +387,7 @@ def import_part(writer: PartWriter, name: str, task: pieces.PieceTask, rules: Im
         row |= {"url": listed["url"], "caption": listed["caption"], "label": listed["label"]}
         row |= _read_file(rules.run, listed["place"]) if listed["error"] is None else _failed(listed["error"])
         rows.append(row)
-    return _write(writer, name, rows)
+    return _write(writer, name, _without_forgotten(rows, rules.blocked))
 
 
 def import_tar_part(writer: PartWriter, name: str, task: TarTask, rules: ImportRules) -> PartRecord:
@@ -404,7 +410,23 @@ def import_tar_part(writer: PartWriter, name: str, task: TarTask, rules: ImportR
         else:
             row |= _examined(data, shard, member.offset)
         rows.append(row)
-    return _write(writer, name, rows)
+    return _write(writer, name, _without_forgotten(rows, rules.blocked))
+
+
+def _without_forgotten(rows: list[dict[str, Any]], known: BlockList | None) -> list[dict[str, Any]]:
+    """Of forgotten images nothing but their ids: where they lie is not written down either."""
+    if known is None:
+        return rows
+    blocked = Blocked(known)
+    by_url = blocked.urls([row.get("url") for row in rows])
+    found = []
+    for row, listed in zip(rows, by_url, strict=True):
+        error = BY_URL if listed or row.get("error") == BY_URL else None
+        if error is None and row.get("sha256") is not None and blocked.bytes(row["sha256"]):
+            error = BY_BYTES
+        kept = {"image_id": row["image_id"], "source": row["source"], "status": "excluded", "error": error}
+        found.append(row if error is None else kept)
+    return found
 
 
 def _read_file(run: str, place: str) -> dict[str, Any]:
