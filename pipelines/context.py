@@ -146,26 +146,35 @@ class Context:
         libraries: Sequence[str] = (),
         extra_inputs: Mapping[str, Any] | None = None,
     ) -> Generation | None:
-        """Open the generation made from all complete input generations; None: it is there already."""
+        """Open the generation made from all complete input generations; None: it is there already.
+
+        renewed_by: digests of further inputs, "" for nothing, whose change is no refusal but the next generation.
+        """
+        renewed = {key: value for key, value in (renewed_by or {}).items() if value}
         available = {i: self._complete(i, name) for i in inputs}
         directory = self.stage(name)
         everything = {i: [g.number for g in available[i]] for i in inputs}
         known = self._known(directory)
         for generation in known:
             consumed = {i: [g for g in available[i] if g.number in generation.consumed.get(i, [])] for i in inputs}
-            extra = extra_inputs
+            extra: Mapping[str, Any] = {**(extra_inputs or {}), **_recorded(generation, renewed_by)}
             if generation.complete and generation.consumed != everything:
                 # About to be replaced: what it was made of beside the stages may have changed with them.
                 extra = {k: v for k, v in generation.fingerprint.inputs.items() if k not in inputs}
             wanted = self._fingerprint(name, revision, options, consumed, libraries, extra)
             if generation is known[-1]:
                 self._refuse_difference(directory, generation, wanted)
-        if known and not known[-1].complete:
-            return self._open(directory, known[-1])
-        if known and known[-1].consumed == everything:
-            self._skip(directory, known[-1])
-            return None
-        return self._create(directory, len(known), name, revision, options, available, libraries, extra_inputs)
+        number = len(known)
+        if known and _recorded(known[-1], renewed_by) == renewed:
+            if not known[-1].complete:
+                return self._open(directory, known[-1])
+            if known[-1].consumed == everything:
+                self._skip(directory, known[-1])
+                return None
+        elif known and not known[-1].complete:
+            number = known[-1].number  # begun with others: of another fingerprint, its parts count as not there
+        extra = {**(extra_inputs or {}), **renewed}
+        return self._create(directory, number, name, revision, options, available, libraries, extra)
 
     def begin_keyed(
         self,
@@ -227,6 +236,7 @@ class Context:
                 missing.append((part_name, task))
             else:
                 records[part_name] = found
+        renewed_by: Mapping[str, str] | None = None,
         stage = generation.fingerprint.stage
         self.events.emit("parts", stage, total=len(tasks), done=len(records))
         if missing:
@@ -372,3 +382,7 @@ def backend(libraries: Sequence[str]) -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "absent"
     return found
+def _recorded(generation: Generation, renewed_by: Mapping[str, str] | None) -> dict[str, Any]:
+    return {key: generation.fingerprint.inputs[key] for key in renewed_by or {} if key in generation.fingerprint.inputs}
+
+
