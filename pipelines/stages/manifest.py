@@ -8,11 +8,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation import storage
+from curation import hidden, storage
 from curation.audit import tables
 from curation.audit.scans import id_range, stream
 from curation.errors import UserError
@@ -32,6 +33,7 @@ from pipelines.description import (
     source_of,
 )
 from pipelines.run_directory import Generation, PartRecord, PartWriter, RunDirectory
+from pipelines.stages.mix import HIDDEN
 
 NAME = "manifest"
 REVISION = 1
@@ -55,18 +57,20 @@ def execute(context: Context, config: ManifestConfig) -> Outcome:
                 f"{run.path(needed)}: no finished {needed} to make a manifest of; "
                 f"run `curate {needed} {run.root}` first"
             )
+    out = hidden.hidden_ids(run.root)
     description = {"configuration": configuration_of(run), "sources": described_sources(run)}
     generation = context.begin_snapshot(
         NAME,
         REVISION,
         config.fingerprint_options(),
         inputs=INPUTS,
+        renewed_by={HIDDEN: hidden.digest(out)},
         extra_inputs={"run.yaml and sources.json": storage.sha256(json.dumps(description, sort_keys=True).encode())},
     )
     if generation is None:
         return context.skipped(NAME)
     paths = {stage: current_parts(run, stage) for stage in INPUTS}
-    context.map_parts(generation, _tasks(context, paths), _join_part)
+    context.map_parts(generation, _tasks(context, paths), _join_part, shared=out)
     card = data_card(run, generation, description)
     generation.put_file(CARD, card_bytes(card))
     return context.finish(
@@ -114,13 +118,14 @@ def _footers(paths: Sequence[str], _shared: Any) -> dict[str, tuple[int, int, in
     return found
 
 
-def _join_part(writer: PartWriter, name: str, task: Any, _shared: Any) -> PartRecord:
+def _join_part(writer: PartWriter, name: str, task: Any, out: np.ndarray) -> PartRecord:
     low, high, paths = task
     inside = pc.field("image_id") >= pa.scalar(low, pa.uint64())
     if high < ID_END:
         inside &= pc.field("image_id") < pa.scalar(high, pa.uint64())
     mix = _read(paths["mix"], None, inside)
-    if mix is None:
+    mix = None if mix is None else hidden.hide(mix, out)
+    if mix is None or not mix.num_rows:
         return writer.write(name, MANIFEST.empty_table())
     mine = inside & pc.field("image_id").isin(mix["image_id"].combine_chunks())
     image_columns = [n for n in MANIFEST.names if n in pq.read_schema(source_of(paths["filter"][0])).names]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import Field, field_validator, model_validator
 
-from curation import mixing
+from curation import hidden, mixing
 from curation.errors import UserError
 from curation.schemas import SOURCE_SHIFT
 from pipelines.context import Context, Outcome, StageConfig
@@ -22,6 +22,8 @@ from pipelines.run_directory import Generation, PartRecord, PartWriter
 NAME = "mix"
 REVISION = 1
 LIBRARIES = ("numpy",)
+HIDDEN = "hidden"
+"""Of the fingerprint: another list of hidden images makes the next generation."""
 INPUTS = ["filter", "dedup", "retrieve", "balance"]
 BUCKET_SHIFT = 17
 """Ids are counted in buckets of 2^17; whole buckets make a part."""
@@ -71,6 +73,8 @@ class Plan:
     exempt: frozenset[int]
     dedup: list[Input]
     inputs: list[Input]
+    hidden: np.ndarray
+    """(n,) uint64, sorted: images that were forgotten or that an auditor dropped; nothing brings them."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,10 @@ def execute(context: Context, config: MixConfig) -> Outcome:
     """Mix what the run's seed sets, `retrieve` and `balance` bring. Raises UserError if that is nothing."""
     plan = _plan(context, config)
     _refuse_shares_of_nothing(config, plan)
-    generation = context.begin_snapshot(NAME, REVISION, config.fingerprint_options(), INPUTS, LIBRARIES)
+    renewed_by = {HIDDEN: hidden.digest(plan.hidden)}
+    generation = context.begin_snapshot(
+        NAME, REVISION, config.fingerprint_options(), INPUTS, LIBRARIES, renewed_by=renewed_by
+    )
     if generation is None:
         return context.skipped(NAME)
     plan, ranges = _ranges(context, plan)
@@ -124,7 +131,8 @@ def _plan(context: Context, config: MixConfig) -> Plan:
         )
     dedup = [Input("seed", path) for path in _parts_of(context, "dedup", numbers)]
     exempt = frozenset(source.number for source in chosen if source.exempt)
-    return Plan(names, {source.number: index[source.name] for source in chosen}, exempt, dedup, inputs)
+    seeds_of = {source.number: index[source.name] for source in chosen}
+    return Plan(names, seeds_of, exempt, dedup, inputs, hidden.hidden_ids(context.run.root))
 
 
 def _parts_of(context: Context, stage: str, sources: set[int]) -> list[str]:
@@ -225,7 +233,7 @@ def _brought(plan: Plan, bounds: tuple[int, int]) -> tuple[np.ndarray, np.ndarra
             (found,) = read_columns(one.path, ["image_id"])
             kind = np.full(len(found), index["balance"])
             fits = np.ones(len(found), bool)
-        fits &= (found >= np.uint64(low)) & (found < np.uint64(high))
+        fits &= (found >= np.uint64(low)) & (found < np.uint64(high)) & ~hidden.is_hidden(found, plan.hidden)
         ids.append(found[fits])
         kinds.append(kind[fits])
     return np.concatenate(ids), np.concatenate(kinds)
