@@ -211,8 +211,12 @@ def put_forest(generation: Generation, folder: str, forest: Iterable["np.ndarray
 
 def side_forest(generation: Generation, folder: str, nodes: Nodes) -> StoredForest:
     """A forest that `put_forest` wrote."""
-    names = sorted(name for name in generation.files if name.startswith(f"{folder}/"))
-    return StoredForest(tuple(generation.file(name) for name in names), nodes)
+    return StoredForest(tuple(forest_paths(generation, folder)), nodes)
+
+
+def forest_paths(generation: Generation, folder: str) -> list[str]:
+    """The files of a forest that `put_forest` wrote."""
+    return [generation.file(name) for name in sorted(generation.files) if name.startswith(f"{folder}/")]
 
 
 def spread_of(context: Context, stage: str) -> Spread:
@@ -234,11 +238,24 @@ def spread_of(context: Context, stage: str) -> Spread:
 
 
 def scratch_of(generation: Generation, context: Context, members: Members) -> Scratch:
-    """Scratch of a generation: beside its parts, or in the temporary folder where the run is on an object store."""
+    """Scratch of a generation; what was left in it of other work is removed."""
+    scratch = Scratch(scratch_folder(generation, context))
+def scratch_folder(generation: Generation, context: Context) -> str:
+    """Where the scratch of a generation lies: beside its parts; where the run is on an object store in
+    `resources.scratch`, or in the temporary folder of this machine. Raises UserError where a machine of the cluster
+    does not see it."""
+    if storage.is_local(generation.directory):
+        folder = generation.file("scratch")
+    else:
+        digest = generation.fingerprint.digest
+        folder = f"{context.resources.scratch or tempfile.gettempdir()}/curate-{digest[:24]}"
+        if context.resources.ray_address is not None:
+            context.start()
+            cluster.require_seen(os.path.dirname(folder), "resources.scratch")
+    return storage.filesystem(folder)[1]
+
+
     digest = generation.fingerprint.digest
-    inside = storage.is_local(generation.directory)
-    folder = generation.file("scratch") if inside else f"{tempfile.gettempdir()}/curate-{digest[:24]}"
-    scratch = Scratch(storage.filesystem(folder)[1])
     # How work is cut is part of the key: the fingerprint says which vectors, these say which task has which.
     pieces = [[piece.rows, piece.fresh] for piece in members.pieces]
     key = {"fingerprint": digest, "memory": context.resources.memory_bytes, "pieces": pieces}
