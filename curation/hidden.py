@@ -29,6 +29,16 @@ def forgotten_ids(run: str) -> np.ndarray:
     return np.unique(np.concatenate([np.empty(0, np.uint64), *found]))
 
 
+def forgotten_representatives(run: str) -> np.ndarray:
+    """Forgotten ids that stood for a component of duplicates, uint64, sorted."""
+    found = [np.empty(0, np.uint64)]
+    for path in storage.list_files(storage.join(run, FORGOTTEN), ".parquet"):
+        table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
+        if "representative" in table.column_names:
+            found.append(table.filter(table["representative"])["image_id"].to_numpy())
+    return np.unique(np.concatenate(found))
+
+
 def dropped_ids(run: str) -> np.ndarray:
     """Ids that the last decision under RUN/decisions drops, sorted uint64. Raises UserError for a damaged file."""
     batches = [_decisions(path) for path in storage.list_files(storage.join(run, DECIDED), ".parquet")]

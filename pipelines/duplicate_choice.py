@@ -19,6 +19,7 @@ from curation.duplicates.scratch import Scratch
 from curation.duplicates.tasks import Spread
 from curation.vectors import open_parquet
 from pipelines.duplicate_forests import StoredForest
+from pipelines.duplicate_forgotten import apart
 from pipelines.run_directory import Generation
 
 if TYPE_CHECKING:
@@ -58,11 +59,14 @@ def choose(
     scratch: Scratch,
     spread: Spread,
     memory_bytes: int,
+    joint: np.ndarray | None = None,
+    gone: np.ndarray | None = None,
 ) -> Choice:
     """Components at the threshold, split as asked, and who stays.
 
     fresh: (n,) bool, nodes of this generation. value: (n,) what the representative is chosen by, largest first; None:
-    the smallest id.
+    the smallest id. joint, gone: (n,) bool, forgotten images, and those of them that stood for their component: with
+    an earlier generation nobody is elected in their place.
     """
     count, ids = pool.count, forest.nodes.ids[0]
     links: StoredForest | np.ndarray = forest
@@ -73,6 +77,10 @@ def choose(
         cuts = [{"component_id": int(ids[one.pop("label")]), **one} for one in cuts]
     labels = components.components(links, count, config.threshold)
     before = earlier_images(earlier, ids, ("kept", "reference"))
+    if joint is not None:
+        labels = apart(labels, joint)
+    if gone is not None and earlier:
+        before |= gone
     bridged = _bridged(labels, before, ids, earlier)
     by_mean = config.representative == "medoid"
     if config.split == "star":

@@ -6,6 +6,7 @@ cells of the first (`cells.bin`): the forest is that of one search over everythi
 """
 
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from curation.duplicates.members import Members
 from curation.duplicates.scratch import Scratch
 from curation.duplicates.tasks import JoinOptions, Spread
 from curation.vectors import open_parquet
+from pipelines import cluster
 from pipelines.context import Context, MadeOtherwiseError
 from pipelines.run_directory import Generation, RunDirectory, StageDirectory
 
@@ -237,9 +239,6 @@ def spread_of(context: Context, stage: str) -> Spread:
     return run
 
 
-def scratch_of(generation: Generation, context: Context, members: Members) -> Scratch:
-    """Scratch of a generation; what was left in it of other work is removed."""
-    scratch = Scratch(scratch_folder(generation, context))
 def scratch_folder(generation: Generation, context: Context) -> str:
     """Where the scratch of a generation lies: beside its parts; where the run is on an object store in
     `resources.scratch`, or in the temporary folder of this machine. Raises UserError where a machine of the cluster
@@ -255,6 +254,9 @@ def scratch_folder(generation: Generation, context: Context) -> str:
     return storage.filesystem(folder)[1]
 
 
+def scratch_of(generation: Generation, context: Context, members: Members) -> Scratch:
+    """Scratch of a generation; what was left in it of other work is removed."""
+    scratch = Scratch(scratch_folder(generation, context))
     digest = generation.fingerprint.digest
     # How work is cut is part of the key: the fingerprint says which vectors, these say which task has which.
     pieces = [[piece.rows, piece.fresh] for piece in members.pieces]

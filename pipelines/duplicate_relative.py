@@ -14,7 +14,8 @@ from curation.duplicates.tasks import JoinOptions
 from pipelines import duplicate_inputs
 from pipelines.columns import empty_in
 from pipelines.context import Context
-from pipelines.duplicate_forests import SWEEP, put_cells, side_forest, spread_of, stored_cells
+from pipelines.duplicate_forests import SWEEP, forest_paths, put_cells, side_forest, spread_of, stored_cells
+from pipelines.duplicate_forgotten import Joints, joints_of, with_joints
 from pipelines.duplicate_inputs import Inputs
 from pipelines.run_directory import Generation
 
@@ -35,6 +36,8 @@ class Relative:
     fresh: np.ndarray
     """(images,) bool: of this generation."""
     is_seed: np.ndarray
+    joints: Joints
+    """Forgotten images in the forest of the generation before."""
 
     def sweep(self, names: Sequence[str], lowest: float) -> list[dict[str, Any]]:
         """What other thresholds would discard, re-read from the forest."""
@@ -66,14 +69,17 @@ def join_relative(
     """Join, merge with the forest of the generation before, decide. stays: (pool rows,) bool in their order."""
     empty = empty_in(generation.directory)
     images = duplicate_inputs.merged(inputs.pool.where(stays, empty), inputs.seeds, empty)
-    ids, places = duplicate_inputs.ranked(images)
-    ranked = [duplicate_inputs.ranked(rows) for rows in inputs.references]
+    joints = joints_of(context.run.root, forest_paths(earlier[-1], FOREST) if earlier else ())
+    ids, places = with_joints(*duplicate_inputs.ranked(images), joints.of(0))
+    ranked = [
+        with_joints(*duplicate_inputs.ranked(rows), joints.of(space)) for space, rows in enumerate(inputs.references, 1)
+    ]
     nodes = Nodes((ids, *(i for i, _ in ranked)))
     offsets = nodes.offsets
     # A forest does not say which edges a bound per image left out: with one, everything is joined again.
     again = config.max_edges is not None
     compared = inputs.generations if again else None
-    if nodes.count == len(ids):
+    if not any(rows.count for rows in inputs.references):
         joined = relative.empty_relative()
     else:
         joined = relative.relative_join(
@@ -109,4 +115,4 @@ def join_relative(
     )
     is_seed = np.zeros(len(ids), bool)
     is_seed[np.searchsorted(ids, inputs.seeds.all_ids())] = True
-    return Relative(nodes, joined, decided, fresh, is_seed)
+    return Relative(nodes, joined, decided, fresh, is_seed, joints)

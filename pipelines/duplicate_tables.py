@@ -7,8 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curation.blocklist import REASON
 from curation.duplicates.forest import NOBODY
 from curation.duplicates.scratch import Reader, Scratch
+from curation.hidden import is_hidden
 from curation.schemas import DUPLICATES
 from curation.vectors import open_parquet
 from pipelines.duplicate_inputs import InputPart, copy_reason
@@ -35,6 +37,9 @@ def write_part(writer: PartWriter, name: str, part: InputPart, decisions: Decisi
     ids, kinds = _rows(part, decisions.exempt)
     table, reasons = _table(ids, kinds, Reader(decisions.scratch), decisions)
     counts = {reason: int((reasons == reason).sum()) for reason in REASONS}
+    kept_out = int((reasons == REASON).sum())
+    if kept_out:
+        counts[REASON] = kept_out
     return writer.write(name, table, counts=counts)
 
 
@@ -67,6 +72,9 @@ def _table(ids: np.ndarray, kinds: np.ndarray, reader: Reader, decisions: Decisi
     pool_ids, labels = get("ids"), get("labels")
     component = ids.copy()
     reason = np.array(["kept"] * len(ids), object)
+    forgotten = is_hidden(ids, get("forgotten")) & ((kinds == "pool") | (kinds == "seed"))
+    kinds = np.where(forgotten, REASON, kinds)
+    reason[forgotten] = REASON
     nearest_id = np.zeros(len(ids), np.uint64)
     similarity = np.full(len(ids), np.nan, np.float32)
 

@@ -35,13 +35,16 @@ def report(
     threshold: float,
     spread: Spread = serial,
     limit: int = COMPONENTS,
+    joints: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """`largest`: a description of each of the largest components of several images; `members`: a sample of all.
 
     forest: its edges above the threshold are the links of the components. labels: (n,) uint32. kept: (n,) bool, the
     representatives. `sampled` of a component: its least similar pair and its share are those of `members_compared` of
-    its members, an upper bound and an estimate.
+    its members, an upper bound and an estimate. joints: (n,) bool, nodes without a vector, which are not spoken of.
     """
+    if joints is not None and joints.any():
+        labels, kept = _without(labels, joints), kept & ~joints
     chosen, sizes = _largest(labels, limit)
     place = np.full(len(labels), -1, np.int16)
     place[chosen] = np.arange(len(chosen))
@@ -76,6 +79,15 @@ def report(
             }
         )
     return {"largest": found, "members": _share(some, theirs, labels, wanted, vectors, threshold)}
+
+
+def _without(labels: np.ndarray, joints: np.ndarray) -> np.ndarray:
+    """Labels with every joint on its own, and the others of its component labelled by the smallest of them."""
+    nodes = np.flatnonzero(~joints)
+    _, first, place = np.unique(labels[nodes], return_index=True, return_inverse=True)
+    found = np.arange(len(labels), dtype=labels.dtype)
+    found[nodes] = nodes[first][place]
+    return found
 
 
 def _largest(labels: np.ndarray, limit: int) -> tuple[np.ndarray, np.ndarray]:

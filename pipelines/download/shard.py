@@ -190,11 +190,11 @@ class Sizer:
 
     def __call__(self, img_stream: io.BytesIO, blurring_bbox_list: object = None) -> tuple[Any, ...]:
         """(bytes, width, height, original width, original height, error)."""
-        from embeddings.decoding import DecodeError, probe
+        from embeddings.decoding import DecodeError, worker_decoder
 
         data = img_stream.read()
         try:
-            header = probe(data)
+            header = worker_decoder().probe(data)
             if self.max_side is None or max(header.width, header.height) <= self.max_side:
                 return data, header.width, header.height, header.width, header.height, None
             stored, width, height = shrink(data, header.format, self.max_side)

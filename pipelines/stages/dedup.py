@@ -39,6 +39,7 @@ REVISION = 4
 LIBRARIES = ("faiss-cpu", "numpy")
 ASKED_WRONGLY = 2
 SELF_FOREST = "self_forest"
+SEARCH = "dedup-search"
 
 
 class DedupConfig(StageConfig):
@@ -183,17 +184,22 @@ class _Dedup:
     def run(self) -> Outcome:
         import numpy as np
 
+        from curation import hidden
         from curation.duplicates import chains, components, forest, members
-        from pipelines import duplicate_inputs
+        from pipelines import duplicate_forgotten, duplicate_inputs
         from pipelines.columns import empty_in
         from pipelines.duplicate_choice import BRIDGED, BRIDGED_LISTED, choose
         from pipelines.duplicate_forests import SWEEP, json_bytes, put_forest, scratch_of, spread_of
         from pipelines.duplicate_relative import FOREST, join_relative
 
-        config, inputs, memory_bytes = self.config, self.inputs, self.context.resources.memory_bytes
-        ids, places = duplicate_inputs.ranked(inputs.pool)
+        config, memory_bytes = self.config, self.context.resources.memory_bytes
+        most = members.max_piece_rows(memory_bytes, self.inputs.dimension)
+        forgotten = self._keep_copies_of_forgotten_out(most)
+        inputs = self.inputs
+        joints = duplicate_forgotten.joints_of(self.context.run.root, self._searched())
+        ids, places = duplicate_forgotten.with_joints(*duplicate_inputs.ranked(inputs.pool), joints.of(0))
+        joint = joints.among(ids)
         nodes = forest.Nodes((ids,))
-        most = members.max_piece_rows(memory_bytes, inputs.dimension)
         search_report = self.searching.run(inputs, places, nodes, most)
         self_forest = self.searching.forest(nodes)
         pool = inputs.members(inputs.pool, places, 0, len(ids), most)
@@ -206,8 +212,10 @@ class _Dedup:
         value = inputs.value
         if value is not None and places is not None:
             value = empty_in(self.generation.directory)(len(ids), value.dtype.str)
+            value[:] = -np.inf
             value[place] = inputs.value
-        choice = choose(config, pool, self_forest, fresh, value, earlier, scratch, spread, memory_bytes)
+        gone = joint & hidden.is_hidden(ids, hidden.forgotten_representatives(self.context.run.root))
+        choice = choose(config, pool, self_forest, fresh, value, earlier, scratch, spread, memory_bytes, joint, gone)
         relative = join_relative(
             self.context, config, self.generation, inputs, choice.stays[place], earlier, scratch, most
         )
@@ -223,19 +231,65 @@ class _Dedup:
         put("thresholds.json", json_bytes(sweep))
         put("recall.json", json_bytes(_recall_document(search_report, relative.join.report)))
         put(BRIDGED, json_bytes(choice.bridged[:BRIDGED_LISTED]))
-        told = chains.report(choice.links, choice.labels, choice.stays, pool, nodes, config.threshold, spread)
+        told = chains.report(
+            choice.links, choice.labels, choice.stays, pool, nodes, config.threshold, spread, joints=joint
+        )
         told["cut"] = choice.cuts[: chains.COMPONENTS]
         put("components.json", json_bytes(told))
         put("references.json", json_bytes(relative.decided.sets))
-        self._tables(nodes, choice, relative, scratch, self_forest)
+        self._tables(nodes, choice, relative, scratch, self_forest, forgotten)
+        kept_out = int(self.generation.total("forgotten"))
+        if kept_out:
+            text = f"{kept_out:,} images are copies of forgotten ones (cosine above {config.threshold}): kept out"
+            self.context.events.emit("message", NAME, text=text)
         outcome = self.context.finish(
             self.generation, self._summary(choice, fresh, relative, search_report, told, earlier)
         )
         scratch.remove()
+        self._apart().remove()
         return outcome
 
+    def _searched(self) -> list[str]:
+        """The forest of the search that is there, from before this generation or already with it."""
+        generations = self.searching.context.stage(SEARCH).generations()
+        return generations[-1].part_paths if generations else []
+
+    def _apart(self) -> "Scratch":
+        """Scratch of what comes before the search."""
+        from curation.duplicates.scratch import Scratch
+        from pipelines.duplicate_forests import scratch_folder
+
+        return Scratch(f"{scratch_folder(self.generation, self.context)}-forgotten")
+
+    def _keep_copies_of_forgotten_out(self, most: int) -> "np.ndarray":
+        """Take later copies of forgotten images out of the inputs; their ids, ascending."""
+        import numpy as np
+
+        from curation.duplicates.tasks import JoinOptions
+        from pipelines import duplicate_forgotten
+        from pipelines.columns import empty_in
+        from pipelines.duplicate_forests import spread_of
+
+        if self.inputs.parts and self.inputs.parts[0].images is None:
+            return np.empty(0, np.uint64)
+        earlier = [g for g in self.context.stage(NAME).generations() if g.number < self.generation.number]
+        options = JoinOptions(self.config.threshold, memory_bytes=self.context.resources.memory_bytes)
+        scratch, spread = self._apart(), spread_of(self.context, NAME)
+        scratch.prepare({"fingerprint": self.generation.fingerprint.digest})
+        run, empty = self.context.run.root, empty_in(self.generation.directory)
+        self.inputs, out = duplicate_forgotten.without_copies(
+            run, self.inputs, earlier, options, scratch, spread, most, empty
+        )
+        return out
+
     def _tables(
-        self, nodes: "Nodes", choice: "Choice", relative: "Relative", scratch: "Scratch", self_forest: "StoredForest"
+        self,
+        nodes: "Nodes",
+        choice: "Choice",
+        relative: "Relative",
+        scratch: "Scratch",
+        self_forest: "StoredForest",
+        forgotten: "np.ndarray",
     ) -> None:
         """Leave the decisions where the workers find them, and write the rows of this generation's parts."""
         from curation.duplicates import forest
@@ -263,6 +317,7 @@ class _Dedup:
                 "hit_similarity": hits["similarity"],
                 "copy_ids": copies,
                 "copy_originals": originals,
+                "forgotten": forgotten,
             },
         )
         exempt = (
@@ -324,10 +379,13 @@ class _Dedup:
             found["components_by_stars"] = choice.stars
         if relative.join.report.get("method") == "cells":
             found["relative_recall"] = round(relative.join.report["recall"], 5)
+        if generation.total("forgotten"):
+            found["forgotten"] = int(generation.total("forgotten"))
         if earlier:
             found["older_components_bridged"] = len(choice.bridged)
             known = earlier_images(earlier, relative.nodes.ids[0], ["reference"])
-            found["older_images_now_reached"] = int((dropped & ~relative.fresh & ~known).sum())
+            there = ~relative.joints.among(relative.nodes.ids[0])
+            found["older_images_now_reached"] = int((dropped & ~relative.fresh & ~known & there).sum())
         return found
 
 

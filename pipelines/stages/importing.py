@@ -444,12 +444,12 @@ def _read_file(run: str, place: str) -> dict[str, Any]:
 
 
 def _examined(data: bytes, shard: str, offset: int) -> dict[str, Any]:
-    from embeddings.decoding import DecodeError, probe
+    from embeddings.decoding import DecodeError, worker_decoder
 
     place = {"shard": shard, "offset": offset, "length": len(data)}
     digest = hashlib.sha256(data).digest()
     try:
-        header = probe(data)
+        header = worker_decoder().probe(data)
     except DecodeError as error:
         return {"sha256": digest, **place, **_failed(str(decode_failure(error.reason)))}
     return {
