@@ -145,6 +145,7 @@ class Context:
         inputs: Sequence[str],
         libraries: Sequence[str] = (),
         extra_inputs: Mapping[str, Any] | None = None,
+        renewed_by: Mapping[str, str] | None = None,
     ) -> Generation | None:
         """Open the generation made from all complete input generations; None: it is there already.
 
@@ -236,7 +237,6 @@ class Context:
                 missing.append((part_name, task))
             else:
                 records[part_name] = found
-        renewed_by: Mapping[str, str] | None = None,
         stage = generation.fingerprint.stage
         self.events.emit("parts", stage, total=len(tasks), done=len(records))
         if missing:
