@@ -13,17 +13,15 @@ import pyarrow.parquet as pq
 
 from curation import storage
 from curation.audit import funnel, tables
+from curation.audit.run_tables import SNAPSHOTS
+from curation.audit.sections.decontamination import THRESHOLDS
 from curation.manifest import portable, rows_of
 from curation.vectors import MODEL_KEY
 from pipelines.context import StageConfig
 from pipelines.run_directory import Generation, RunDirectory
 
-SNAPSHOTS = frozenset({"retrieve", "balance", "mix", "manifest"})
-"""Stages whose newest generation replaces the older ones."""
 UNDESCRIBED = frozenset({"manifest", "report"})
 """Stages that the card leaves out."""
-THRESHOLDS = (0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95)
-"""Cosines at which the counts of direct hits are given beside the run's own threshold."""
 
 
 def current_parts(run: RunDirectory, stage: str) -> list[str]:
@@ -208,13 +206,3 @@ def described_retrievals(run: RunDirectory) -> dict[str, Any]:
             planned = own.get("cap") or options.get("cap")
         found[name] = {k: v for k, v in one.items() if k != "chosen"} | {"planned": planned}
     return found
-
-
-def described_components(side: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the dedup stage says of its largest components (`components.json`: a list, or one under some key)."""
-    document = side.get("components")
-    lists = list(document.values()) if isinstance(document, dict) else [document]
-    for found in lists:
-        if isinstance(found, list) and found and all(isinstance(c, dict) and "component_id" in c for c in found):
-            return found
-    return []

@@ -15,6 +15,7 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from curation import storage
+from curation.hidden import hide
 from curation.order import hash_keys
 from curation.schemas import SOURCE_SHIFT
 
@@ -22,8 +23,11 @@ if TYPE_CHECKING:  # these bring pandas along, and `curate --help` need not wait
     import pyarrow.dataset as ds
 
 BATCH_ROWS = 1 << 16
-GROUPS_PER_PASS = 1 << 26
+GROUPS_PER_PASS = 1 << 24
 """Group-bys over ids run in so many passes that one pass holds at most about this many groups."""
+COUNTED_GROUPS = 1 << 20
+"""`top_counts` holds at most about twice so many groups."""
+NOTHING = np.empty(0, np.uint64)
 TEXT_CHARACTERS = 400
 """Longer strings of tables (URLs, captions) are cut when read: a page needs no more."""
 RETRY = re.compile(r"-r(\d+)\.parquet$")
@@ -55,13 +59,21 @@ def open_parts(paths: Sequence[str]) -> "ds.Dataset":
     return ds.dataset(inner, format="parquet", filesystem=pafs.PyFileSystem(pafs.FSSpecHandler(fs)))
 
 
-def stream(paths: Sequence[str], columns: Any, where: Any = None) -> Iterator[pa.Table]:
-    """The rows of `paths` for which `where` holds, in bounded tables. columns: names, or expressions by name."""
+def stream(
+    paths: Sequence[str], columns: Any, where: Any = None, hidden: np.ndarray = NOTHING, column: str = "image_id"
+) -> Iterator[pa.Table]:
+    """The rows of `paths` for which `where` holds, in bounded tables. columns: names, or expressions by name.
+
+    hidden: sorted ids of images that are not to be shown; rows whose id in `column` is among them are left out.
+    """
     if not paths:
         return
-    for batch in open_parts(paths).to_batches(columns=columns, filter=where, batch_size=BATCH_ROWS):
+    for batch in open_parts(paths).to_batches(
+        columns=columns, filter=where, batch_size=BATCH_ROWS, batch_readahead=4, fragment_readahead=2
+    ):
         if batch.num_rows:
-            yield pa.Table.from_batches([batch])
+            table = pa.Table.from_batches([batch])
+            yield hide(table, hidden, column) if len(hidden) else table
 
 
 def count_by(paths: Sequence[str], keys: Mapping[str, Any], where: Any = None) -> pa.Table:
@@ -80,6 +92,37 @@ def count_by(paths: Sequence[str], keys: Mapping[str, Any], where: Any = None) -
     )
     counted = acero.Declaration.from_sequence(steps).to_table()
     return counted.select([*names, "images"]).sort_by([(name, "ascending") for name in names])
+
+
+def top_counts(
+    groups: Sequence[tuple[Sequence[str], Any]], keys: Mapping[str, Any], limit: int
+) -> tuple[pa.Table, int]:
+    """The `limit` most frequent combinations of keys, most frequent first, and by how much a count may be too low.
+
+    groups: (paths, filter) as `current_rows` gives them. Holds a bounded number of combinations: where there are more,
+    the rarer half is forgotten, and the most that one of these was counted is the bound (0 if none was).
+    """
+    names, lost = list(keys), 0
+    held: pa.Table | None = None
+    fresh: list[pa.Table] = []
+
+    def counted() -> pa.Table:
+        return merge_counts([*([held] if held is not None else []), *fresh], names)
+
+    for paths, where in groups:
+        for table in stream(paths, dict(keys), where):
+            some = table.group_by(names).aggregate([([], "count_all")]).rename_columns([*names, "images"])
+            fresh.append(some)
+            if sum(t.num_rows for t in fresh) > COUNTED_GROUPS:
+                held, fresh = counted(), []
+            if held is not None and held.num_rows > COUNTED_GROUPS:
+                held = held.sort_by([("images", "descending"), *((n, "ascending") for n in names)])
+                lost += int(held["images"][COUNTED_GROUPS // 2].as_py())
+                held = held.slice(0, COUNTED_GROUPS // 2).combine_chunks()
+    if held is None and not fresh:
+        return count_by([], keys), 0
+    order = [("images", "descending"), *((n, "ascending") for n in names)]
+    return counted().sort_by(order).slice(0, limit), lost
 
 
 def merge_counts(tables: Sequence[pa.Table], keys: Sequence[str], value: str = "images") -> pa.Table:
@@ -111,18 +154,42 @@ def with_hash(table: pa.Table, seed: int, purpose: str, column: str = "image_id"
     return table.append_column("hash", pa.array(keys, pa.uint64()))
 
 
+def first_rows(
+    tables: Iterable[pa.Table], group: str, count: int, order: Sequence[tuple[str, str]]
+) -> list[dict[str, Any]]:
+    """`first_per_group` as rows of Python."""
+    found = first_per_group(tables, group, count, order)
+    return [] if found is None else list(found.to_pylist())
+
+
 def first_per_group(
     tables: Iterable[pa.Table], group: str, count: int, order: Sequence[tuple[str, str]]
 ) -> pa.Table | None:
     """The first `count` rows of each group, sorted by group and `order`, holding few more than that."""
-    best: pa.Table | None = None
-    grown = 0
+    return firsts_per_group(tables, group, [(count, order)])[0]
+
+
+def firsts_per_group(
+    tables: Iterable[pa.Table], group: str, plans: Sequence[tuple[int, Sequence[tuple[str, str]]]]
+) -> list[pa.Table | None]:
+    """`first_per_group` for several (count, order) in one scan."""
+    best: list[pa.Table | None] = [None] * len(plans)
+    fresh: list[pa.Table] = []
+
+    def cut() -> None:
+        for place, (count, order) in enumerate(plans):
+            known = best[place]
+            every = pa.concat_tables([*([known] if known is not None else []), *fresh])
+            best[place] = cut_groups(every, group, count, order)
+        fresh.clear()
+
     for table in tables:
-        best = table if best is None else pa.concat_tables([best, table])
-        grown += table.num_rows
-        if grown > 4 * BATCH_ROWS:
-            best, grown = cut_groups(best, group, count, order), 0
-    return None if best is None else cut_groups(best, group, count, order)
+        fresh.append(table)
+        if sum(t.num_rows for t in fresh) > 4 * BATCH_ROWS:
+            cut()
+    if fresh:
+        cut()
+    return best
 
 
 def cut_groups(table: pa.Table, group: str, count: int, order: Sequence[tuple[str, str]]) -> pa.Table:

@@ -1,5 +1,6 @@
-"""The report as a page: what it shows in, HTML out. Every string from outside is cut, made visible and escaped here."""
+"""The report as pages: what they show in, HTML out. Every string from outside is cut, made visible and escaped here."""
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -10,14 +11,25 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from curation.audit.figures import CELL, Tile, funnel, number
+from curation.audit.charts import cluster_map, meter, number, thumb
+from curation.audit.figures import CELL, Tile
 from curation.audit.funnel import EXPLAINED
+from curation.audit.overview import UNSAFE
 from curation.audit.sections import SAMPLING, Section
+from curation.audit.sections.clusters import name_of
 from curation.audit.words import visible
 from curation.errors import UserError
 
-UNSAFE = 0.5
-"""NSFW score above which a thumbnail is blurred until clicked."""
+TITLES = {
+    "failures": "Failures",
+    "filters": "Filters",
+    "duplicates": "Duplicates",
+    "decontamination": "Decontamination",
+    "clusters": "Clusters",
+    "retrieval": "Retrieval",
+    "balance": "Balance",
+}
+"""The pages of the menu after the first, in the order of the pipeline."""
 DROPPED = {"self": "near copy", "reference": "evaluation match", "exact": "exact copy", "hash": "hash copy"}
 """Reasons of DUPLICATES in the little room under a thumbnail."""
 SHOWN_CHARACTERS = 2_500
@@ -27,8 +39,28 @@ NUMERIC = re.compile(r"[-+−–]?[\d,.  ]*\s?(%|s|min|[kMGT]?B)?")
 
 
 @dataclass(frozen=True)
+class Page:
+    """A page to be made: its file's name without the ending, its name in menus, its heading, template and data.
+
+    images: the ids it shows, the most telling first. crumbs: (title, link) of the pages above it. parent: the page of
+    the menu it belongs to.
+    """
+
+    name: str
+    title: str
+    heading: str
+    template: str
+    data: Section
+    images: Sequence[int]
+    crumbs: Sequence[tuple[str, str]] = ()
+    parent: str = ""
+    count: str = ""
+    menu: bool = False
+
+
+@dataclass(frozen=True)
 class Picture:
-    """One image of the page. tile: its thumbnail, or None and `why` there is none."""
+    """One image of a page. tile: its thumbnail in the file `sheet`, or None and `why` there is none."""
 
     name: str
     alt: str
@@ -36,7 +68,17 @@ class Picture:
     size: str
     unsafe: bool
     tile: Tile | None
+    sheet: str = ""
     why: str = ""
+
+    @property
+    def thumb(self) -> Markup | None:
+        """The thumbnail as SVG."""
+        return thumb(self.sheet, *_boxes(self.tile), self.alt) if self.tile else None
+
+
+HIDDEN = Picture("", "hidden image", "", "", True, None, why="hidden")
+"""In the place of an image that the run no longer shows."""
 
 
 def picture(row: Mapping[str, Any], source_names: Mapping[int, str], tile: Tile | None, why: str) -> Picture:
@@ -49,7 +91,8 @@ def picture(row: Mapping[str, Any], source_names: Mapping[int, str], tile: Tile 
     notes = [str(image_id), row.get("url"), row.get("label"), row.get("caption"), row.get("error")]
     size = f"{row['width']} × {row['height']}" if row.get("width") and row.get("height") else ""
     unsafe = (row.get("nsfw") or 0.0) > UNSAFE
-    return Picture(name, alt, " · ".join(visible(n) for n in notes if n), size, unsafe, tile, why)
+    sheet = sheet_name(tile.sheet) if tile else ""
+    return Picture(name, alt, " · ".join(visible(n) for n in notes if n), size, unsafe, tile, sheet, why)
 
 
 def extra_sections(document: Any, where: str) -> list[dict[str, Any]]:
@@ -131,72 +174,110 @@ def _json(value: Any) -> Markup:
     return escape("\n".join(visible(line, 600) for line in lines.split("\n")))
 
 
-def render(
-    *,
-    sheets: Sequence[str],
-    pictures: Mapping[int, Picture],
-    facts: Sequence[Mapping[str, Any]],
-    lead: str,
-    funnels: Mapping[str, Sequence[Mapping[str, Any]]],
-    sources: Sequence[Mapping[str, Any]],
-    sections: Mapping[str, Section | None],
-    extras: Sequence[Mapping[str, Any]],
-    card: Mapping[str, Any] | None,
-    thresholds: Mapping[str, float | None],
-    recall: str,
-    sampled: Mapping[str, Any],
-) -> bytes:
-    """index.html. sheets: relative paths of the sprite sheets. pictures: by id, all the ids that sections name."""
-    template = _environment().get_template("index.html.j2")
-    shown = {name: section for name, section in sections.items() if section}
-    page = template.render(
-        title="Curation report",
-        lead=lead,
-        style=Markup(_template("style.css")),
-        sheets=list(sheets),
-        images=pictures,
-        facts=facts,
-        funnel=funnel(next((steps for steps in funnels.values() if steps), [])),
-        funnels=funnels,
-        sources=sources[: SAMPLING.table_rows],
-        more_sources=max(0, len(sources) - SAMPLING.table_rows),
-        failures=shown.get("failures"),
-        filters=shown.get("filters"),
-        duplicates=shown.get("duplicates"),
-        decontamination=shown.get("decontamination"),
-        clusters=shown.get("clusters"),
-        seed_sets=shown.get("seed_sets"),
-        balance=shown.get("balance"),
-        extras=extras,
-        card=card_texts(card),
-        thresholds=thresholds,
-        recall=recall,
-        limits=asdict(SAMPLING),
-        sampled={"cell": CELL, "unsafe": UNSAFE, **sampled},
-        contents=_contents(shown, extras),
+def plan(overview: Section, sections: Mapping[str, Section | None], extras: Sequence[Mapping[str, Any]]) -> list[Page]:
+    """The pages in reading order. overview: of the first page. sections: by the name of their page."""
+    pages = [Page("index", "Overview", "Curation report", "index", overview, [], menu=True)]
+    counts = {
+        "failures": "total",
+        "filters": "dropped",
+        "duplicates": "components",
+        "decontamination": "dropped",
+        "clusters": "clusters",
+    }
+    for name, title in TITLES.items():
+        section = sections.get(name)
+        if section is None:
+            continue
+        count = number(section[counts[name]]) if name in counts else ""
+        pages.append(Page(name, title, title, name, section, section["images"], menu=True, count=count))
+        pages += {"clusters": _cluster_pages, "retrieval": _seed_set_pages}.get(name, lambda _: [])(section)
+    if extras:
+        title = "Added tables"
+        pages.append(Page("more", title, title, "more", {"extras": list(extras)}, [], menu=True))
+    return pages
+
+
+def _cluster_pages(section: Section) -> list[Page]:
+    found = []
+    for page in section["pages"]:
+        crumbs = [(f"Cluster {c}", f"{name_of(level, c)}.html") for level, c in page["crumbs"][:-1]]
+        title = f"Cluster {page['cluster']}"
+        heading = f"Cluster {page['cluster']} of level {page['level']}"
+        name = name_of(page["level"], page["cluster"])
+        crumbs = [("Clusters", "clusters.html"), *crumbs]
+        found.append(Page(name, title, heading, "clusters", page, page["images"], crumbs, "clusters"))
+    return found
+
+
+def _seed_set_pages(section: Section) -> list[Page]:
+    crumbs = [("Retrieval", "retrieval.html")]
+    return [
+        Page(
+            p["name"], str(p["seed_set"]), f"Seed set {p['seed_set']}", "seed-set", p, p["images"], crumbs, "retrieval"
+        )
+        for p in section["pages"]
+    ]
+
+
+def chunks(pages: Sequence[Page], size: int) -> list[list[int]]:
+    """The images of the pages in sheets of at most `size`, every page's first sheet before any page's second one.
+
+    An image lies in a sheet of the first page that shows it, so that a page loads few sheets that are not its own.
+    """
+    claimed: set[int] = set()
+    cut: list[tuple[int, int, list[int]]] = []
+    for number_of_page, page in enumerate(pages):
+        mine = [i for i in dict.fromkeys(page.images) if i is not None and i not in claimed]
+        claimed.update(mine)
+        for turn, start in enumerate(range(0, len(mine), size)):
+            cut.append((turn, number_of_page, mine[start : start + size]))
+    return [images for _, _, images in sorted(cut, key=lambda entry: entry[:2])]
+
+
+def render(page: Page, pages: Sequence[Page], pictures: Mapping[int, Picture], sampled: Mapping[str, Any]) -> bytes:
+    """The page as HTML. pages: all of them. pictures: by id, all the ids that the page names."""
+    place = next(i for i, one in enumerate(pages) if one.name == page.name)
+    text = (
+        environment()
+        .get_template(f"{page.template}.html.j2")
+        .render(
+            page=page,
+            d=page.data,
+            menu=[one for one in pages if one.menu],
+            before=pages[place - 1] if place else None,
+            after=pages[place + 1] if place + 1 < len(pages) else None,
+            images=pictures,
+            limits=asdict(SAMPLING),
+            sampled={"cell": CELL, "unsafe": UNSAFE, **sampled},
+            draw_map=lambda found: _map(found, pictures),
+        )
     )
-    return page.encode("utf-8", "replace")
+    return text.encode("utf-8", "replace")
 
 
-def _contents(sections: Mapping[str, Section], extras: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, str]]:
-    failures = sections.get("failures")
-    listed = [("flow", "Flow", ""), ("sources", "Sources", "")]
-    if failures and failures["total"]:
-        listed.append(("failures", "Not usable", number(failures["total"])))
-    if "filters" in sections:
-        listed.append(("filters", "Filters", number(sum(r["images"] for r in sections["filters"]["reasons"]))))
-    if "duplicates" in sections:
-        listed.append(("duplicates", "Near-duplicates", number(sections["duplicates"]["components"])))
-    if "decontamination" in sections:
-        listed.append(("decontamination", "Decontamination", number(sections["decontamination"]["dropped"])))
-    if "clusters" in sections:
-        listed.append(("clusters", "Clusters", number(sections["clusters"]["clusters"])))
-    if "seed_sets" in sections:
-        listed.append(("seeds", "Seed sets", number(len(sections["seed_sets"]["rows"]))))
-    if "balance" in sections:
-        listed.append(("balance", "Balance", ""))
-    listed += [(f"extra-{i}", visible(extra["title"], 40), "") for i, extra in enumerate(extras, 1)]
-    return [*listed, ("card", "Data card", ""), ("sampling", "Sampling", "")]
+def _map(found: Mapping[str, Any], pictures: Mapping[int, Picture]) -> Markup:
+    def shown(mark: Mapping[str, Any]) -> dict[str, Any]:
+        picture = pictures.get(mark["image"])
+        if picture is None or picture.tile is None or picture.unsafe:
+            return {**mark, "picture": None}
+        return {**mark, "picture": (picture.sheet, *_boxes(picture.tile))}
+
+    words = f"Map of {found['clusters']:,} clusters. The list below has the same in words."
+    return cluster_map([shown(mark) for mark in found["marks"]], found["dots"], words)
+
+
+def _boxes(tile: Tile) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    return (tile.x, tile.y, tile.width, tile.height), (tile.sheet_width, tile.sheet_height)
+
+
+def style() -> bytes:
+    """style.css, the same for every report and for the server."""
+    return _template("style.css").encode()
+
+
+def sheet_name(number_of_sheet: int) -> str:
+    """Where a sprite sheet lies, relative to the pages."""
+    return f"thumbnails/{number_of_sheet:03d}.webp"
 
 
 def _template(name: str) -> str:
@@ -208,20 +289,21 @@ def _shown(value: Any) -> Any:
     return visible(value, SHOWN_CHARACTERS) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
-def _environment() -> jinja2.Environment:
-    environment = jinja2.Environment(
+@functools.cache
+def environment() -> jinja2.Environment:
+    """The templates, with every expression escaped, cut and made visible. The audit server uses the same one."""
+    made = jinja2.Environment(
         loader=jinja2.FunctionLoader(_template),
         autoescape=True,
         finalize=_shown,
         undefined=jinja2.StrictUndefined,
         keep_trailing_newline=True,
     )
-    environment.filters["number"] = number
-    environment.filters["text"] = visible
-    environment.filters["counted"] = lambda value, noun: f"{number(value)} {noun}{'' if value == 1 else 's'}"
-    environment.filters["cosine"] = lambda value: "" if value is None else f"{value:.3f}"
-    environment.filters["dropped"] = lambda reason: DROPPED.get(reason, visible(reason))
-    environment.filters["explained"] = lambda reason: (
-        "kept" if reason == "kept" else EXPLAINED.get(reason, visible(reason))
-    )
-    return environment
+    made.filters["number"] = number
+    made.filters["text"] = visible
+    made.filters["counted"] = lambda value, noun: f"{number(value)} {noun}{'' if value == 1 else 's'}"
+    made.filters["cosine"] = lambda value: "" if value is None else f"{value:.3f}"
+    made.filters["dropped"] = lambda reason: DROPPED.get(reason, visible(reason))
+    made.filters["explained"] = lambda reason: "kept" if reason == "kept" else EXPLAINED.get(reason, visible(reason))
+    made.globals["bar"] = lambda value, of: meter([("", value / of if of else 0)])
+    return made

@@ -3,7 +3,6 @@
 Every function takes paths of parts and streams over them (`curation/audit/scans.py`).
 """
 
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow.parquet as pq
 from curation import storage
 from curation.audit.scans import (
     HOST,
+    NOTHING,
     REASON,
     SOURCE_NUMBER,
     count_by,
@@ -23,13 +23,16 @@ from curation.audit.scans import (
     cut_groups,
     cut_text,
     first_per_group,
+    first_rows,
+    firsts_per_group,
     group_sizes,
     id_range,
     merge_counts,
-    open_parts,
     stream,
+    top_counts,
     with_hash,
 )
+from curation.hidden import hide
 
 
 def status_counts(paths: Sequence[str]) -> pa.Table:
@@ -42,14 +45,32 @@ def status_counts(paths: Sequence[str]) -> pa.Table:
     return merge_counts(tables, list(keys)) if tables else count_by([], keys)
 
 
-def host_failures(paths: Sequence[str], limit: int) -> pa.Table:
-    """`host`, `status`, `reason`, `images`: the `limit` most frequent of what was not fetched."""
+LOST = pc.field("status").isin(["failed", "transient", "excluded"])
+"""Rows of images that bring nothing and were listed once."""
+
+
+def host_failures(paths: Sequence[str], limit: int) -> tuple[pa.Table, int]:
+    """`host`, `status`, `reason`, `images`: the `limit` most frequent of what was not fetched or not decoded.
+
+    The second value: by how much a count may be too low (0 but with more than a million combinations).
+    """
     keys = {"host": HOST, "status": pc.field("status"), "reason": REASON}
-    lost = pc.field("status").isin(["failed", "transient", "excluded"])
-    tables = [count_by(group, keys, lost if where is None else lost & where) for group, where in current_rows(paths)]
-    counted = merge_counts(tables, list(keys)) if tables else count_by([], keys)
-    order = [("images", "descending"), *((key, "ascending") for key in keys)]
-    return counted.sort_by(order).slice(0, limit)
+    return top_counts(_lost(paths), keys, limit)
+
+
+def failing_hosts(paths: Sequence[str], limit: int) -> pa.Table:
+    """`host`, `images` (lost there), `rows` (listed there): the hosts that lost most."""
+    worst, _ = top_counts(_lost(paths), {"host": HOST}, limit)
+    if not worst.num_rows:
+        return worst.append_column("rows", pa.array([], pa.int64()))
+    mine = HOST.isin(worst["host"].combine_chunks())
+    every = [count_by(g, {"host": HOST}, mine if w is None else mine & w) for g, w in current_rows(paths)]
+    rows = {r["host"]: r["images"] for r in merge_counts(every, ["host"]).to_pylist()}
+    return worst.append_column("rows", pa.array([rows.get(h, 0) for h in worst["host"].to_pylist()], pa.int64()))
+
+
+def _lost(paths: Sequence[str]) -> list[tuple[list[str], Any]]:
+    return [(group, LOST if where is None else LOST & where) for group, where in current_rows(paths)]
 
 
 def duplicate_counts(paths: Sequence[str]) -> pa.Table:
@@ -102,15 +123,17 @@ def components(
     return chosen.combine_chunks(), merge_counts(sizes, ["images"], "components")
 
 
-def component_members(paths: Sequence[str], column: str, chosen: pa.Array, where: Any = None) -> pa.Table:
-    """All rows of the chosen components, those kept first.
+def component_members(
+    paths: Sequence[str], column: str, chosen: pa.Array, where: Any = None, hidden: np.ndarray = NOTHING
+) -> pa.Table:
+    """All rows of the chosen components but the hidden ones, those kept first.
 
     Columns: `image_id`, `kept`, `reason`, `nearest_id`, `similarity`, `group` (the component).
     """
     names = ["image_id", "kept", "reason", "nearest_id", "similarity"]
     columns = {name: pc.field(name) for name in names} | {"group": pc.field(column)}
     mine = pc.field(column).isin(chosen)
-    found = list(stream(paths, columns, mine if where is None else mine & where))
+    found = list(stream(paths, columns, mine if where is None else mine & where, hidden))
     kinds = [pa.uint64(), pa.bool_(), pa.string(), pa.uint64(), pa.float32(), pa.uint64()]
     empty = pa.table({name: pa.array([], kind) for name, kind in zip(columns, kinds, strict=True)})
     table = pa.concat_tables(found) if found else empty
@@ -152,13 +175,33 @@ def weakest_edges(paths: Sequence[str], members: pa.Table) -> pa.Table:
     return joined.select(["group", "edges", "low", "high", "similarity"]).combine_chunks()
 
 
-def reference_pairs(paths: Sequence[str]) -> Iterator[pa.Table]:
-    """Direct hits, the best per image and set.
+def nearest_pairs(
+    paths: Sequence[str], threshold: float, reach: float, each: int, hidden: np.ndarray = NOTHING
+) -> list[dict[str, Any]]:
+    """Images and their nearest one, `each` random pairs just above the threshold and so many just below.
+
+    Rows: `image_id`, `nearest_id`, `similarity`, `kept`, `reason`, `above`; within `reach` of the threshold, the most
+    similar first. A pair that is nearest both ways is there once.
+    """
+    similarity = pc.field("similarity")
+    near = (similarity > threshold - reach) & (similarity <= threshold + reach)
+    once = near & (pc.field("image_id") > pc.field("nearest_id"))
+    names = ["image_id", "nearest_id", "similarity", "kept", "reason"]
+    columns = {name: pc.field(name) for name in names} | {"above": similarity > pa.scalar(threshold, pa.float32())}
+    tables = (with_hash(hide(t, hidden, "nearest_id"), 0, "report pairs") for t in stream(paths, columns, once, hidden))
+    found = first_rows(tables, "above", each, [("hash", "ascending")])
+    return sorted(found, key=lambda row: (-row["similarity"], row["image_id"]))
+
+
+def reference_pairs(paths: Sequence[str], hidden: np.ndarray = NOTHING) -> Iterator[pa.Table]:
+    """Direct hits, the best per image and set, hidden images left out.
 
     Columns: `image_id`, `reference_set`, `reference_id`, `similarity`, `kept`, `reason`.
     """
     columns = ["image_id", "kept", "reason", "references"]
-    for table in stream(paths, columns, pc.list_value_length(pc.field("references")) > 0):
+    for table in stream(paths, columns, pc.list_value_length(pc.field("references")) > 0, hidden):
+        if not table.num_rows:
+            continue
         lists = table["references"].combine_chunks()
         rows = pc.list_parent_indices(lists)
         hits = lists.flatten()
@@ -210,70 +253,25 @@ def reference_summary(paths: Sequence[str], thresholds: Sequence[float]) -> pa.T
     )
 
 
-def reference_samples(paths: Sequence[str], best: int, random: int, seed: int) -> pa.Table:
-    """Pairs to show per reference set, with `choice`: best (the most similar first) or random."""
-    order = [("similarity", "descending"), ("image_id", "ascending"), ("reference_id", "ascending")]
-    top = first_per_group(reference_pairs(paths), "reference_set", best, order)
-    hashed = (with_hash(t, seed, "report references") for t in reference_pairs(paths))
-    drawn = first_per_group(
-        hashed, "reference_set", best + random, [("hash", "ascending"), ("reference_id", "ascending")]
+def reference_samples(paths: Sequence[str], each: int, seed: int, hidden: np.ndarray = NOTHING) -> list[dict[str, Any]]:
+    """Pairs to show per reference set, `each` of every `choice`: best, weakest (that still counted), random."""
+    ties = [("image_id", "ascending"), ("reference_id", "ascending")]
+    orders = [("similarity", "descending"), ("similarity", "ascending"), ("hash", "ascending")]
+    tables = (
+        with_hash(hide(t, hidden, "reference_id"), seed, "report references") for t in reference_pairs(paths, hidden)
     )
-    if top is None or drawn is None:
-        return pa.table({n: pa.array([], pa.string()) for n in ("reference_set", "choice")})
-    shown = set(zip(top["image_id"].to_pylist(), top["reference_set"].to_pylist(), strict=True))
-    pairs = zip(drawn["image_id"].to_pylist(), drawn["reference_set"].to_pylist(), strict=True)
-    rest = drawn.filter(pa.array([pair not in shown for pair in pairs], pa.bool_()))
-    rest = cut_groups(
-        rest, "reference_set", random, [("hash", "ascending"), ("reference_id", "ascending")]
-    ).drop_columns(["hash"])
-    choice = pa.array(["best"] * top.num_rows + ["random"] * rest.num_rows, pa.string())
-    return pa.concat_tables([top, rest]).append_column("choice", choice).combine_chunks()
-
-
-def cluster_levels(paths: Sequence[str]) -> list[str]:
-    """Names of the columns of a table of clusters, leaf first."""
-    names = [n for n in open_parts(paths).schema.names if re.fullmatch(r"cluster_\d+", n)] if paths else []
-    return sorted(names, key=lambda n: int(n.split("_")[1]))
-
-
-def cluster_members(paths: Sequence[str], chosen: Sequence[int], nearest: int, random: int, seed: int) -> pa.Table:
-    """Images to show of the chosen leaf clusters: `image_id`, `cluster`, `distance`, `choice` (nearest | random)."""
-    columns = {"image_id": pc.field("image_id"), "cluster": pc.field("cluster_1"), "distance": pc.field("distance")}
-    mine = pc.field("cluster_1").isin(pa.array(list(chosen), pa.int32()))
-
-    def rows() -> Iterator[pa.Table]:
-        for table in stream(paths, columns, mine):
-            yield with_hash(table, seed, "report clusters")
-
-    close = first_per_group(rows(), "cluster", nearest, [("distance", "ascending"), ("image_id", "ascending")])
-    drawn = first_per_group(rows(), "cluster", nearest + random, [("hash", "ascending")])
-    if close is None or drawn is None:
-        return pa.table({n: pa.array([], pa.uint64()) for n in ("image_id", "cluster", "distance", "choice")})
-    rest = drawn.filter(~pc.field("image_id").isin(close["image_id"].combine_chunks()))
-    rest = cut_groups(rest, "cluster", random, [("hash", "ascending")])
-    choice = pa.array(["nearest"] * close.num_rows + ["random"] * rest.num_rows, pa.string())
-    every = pa.concat_tables([close, rest]).append_column("choice", choice)
-    return every.drop_columns(["hash"]).combine_chunks()
-
-
-def selected_by_cluster(manifest: Sequence[str]) -> pa.Table:
-    """`cluster` (leaf), `seed_set`, `images`: what each seed set drew from each cluster into the manifest."""
-    partial: list[pa.Table] = []
-    for table in stream(manifest, ["clusters", "retrieved_by"], pc.list_value_length(pc.field("clusters")) > 0):
-        leaf = pc.list_element(table["clusters"].combine_chunks(), 0)
-        lists = table["retrieved_by"].combine_chunks()
-        rows = pc.list_parent_indices(lists)
-        flat = pa.table({"row": rows, "seed_set": pc.struct_field(lists.flatten(), "seed_set")})
-        flat = flat.group_by(["row", "seed_set"]).aggregate([])
-        flat = flat.append_column("cluster", pc.take(leaf, flat["row"]))
-        counted = flat.group_by(["cluster", "seed_set"]).aggregate([([], "count_all")])
-        partial.append(counted.rename_columns(["cluster", "seed_set", "images"]))
-        if len(partial) > 64:
-            partial = [merge_counts(partial, ["cluster", "seed_set"])]
-    if not partial:
-        kinds = {"cluster": pa.int32(), "seed_set": pa.string(), "images": pa.int64()}
-        return pa.table({name: pa.array([], kind) for name, kind in kinds.items()})
-    return merge_counts(partial, ["cluster", "seed_set"])
+    firsts = firsts_per_group(tables, "reference_set", [(3 * each, [order, *ties]) for order in orders])
+    found: list[dict[str, Any]] = []
+    seen: set[tuple[int, str]] = set()
+    for choice, table in zip(("best", "weakest", "random"), firsts, strict=True):
+        taken: dict[str, int] = {}
+        for row in [] if table is None else table.to_pylist():
+            name = row["reference_set"]
+            if (row["image_id"], name) not in seen and taken.get(name, 0) < each:
+                seen.add((row["image_id"], name))
+                taken[name] = taken.get(name, 0) + 1
+                found.append({**row, "choice": choice})
+    return found
 
 
 SEED_SET_FIGURES = ("nominal", "unique", "colliding", "shared", "alone")
@@ -313,43 +311,6 @@ def _seed_sets(retrieved_by: pa.ChunkedArray) -> dict[str, np.ndarray]:
 def retrieval_counts(paths: Sequence[str]) -> pa.Table:
     """`seed_set`, `mode`, `images`: rows of a table of retrieval."""
     return count_by(paths, {"seed_set": pc.field("seed_set"), "mode": pc.field("mode")})
-
-
-def seed_samples(paths: Sequence[str], seeds: int, each: int, seed: int) -> pa.Table:
-    """Seeds to show per seed set (hash order) and what they drew, best first.
-
-    Returns rows of RETRIEVAL, at most `each` per seed, sorted by seed set, the seed's hash, similarity.
-    """
-    known = pc.is_valid(pc.field("seed_id"))
-
-    def distinct() -> Iterator[pa.Table]:
-        for table in stream(paths, ["seed_set", "seed_id"], known):
-            yield with_hash(table.group_by(["seed_set", "seed_id"]).aggregate([]), seed, "report seeds", "seed_id")
-
-    chosen: pa.Table | None = None
-    for table in distinct():
-        both = table if chosen is None else pa.concat_tables([chosen, table.select(chosen.column_names)])
-        both = both.group_by(["seed_set", "seed_id", "hash"]).aggregate([])
-        chosen = cut_groups(both, "seed_set", seeds, [("hash", "ascending")])
-    if chosen is None:
-        return pa.table({n: pa.array([], pa.uint64()) for n in ("image_id", "seed_set", "seed_id")})
-    wanted = {
-        (s, i): h for s, i, h in zip(*(chosen[n].to_pylist() for n in ("seed_set", "seed_id", "hash")), strict=True)
-    }
-    columns = ["image_id", "seed_set", "seed_id", "mode", "rank", "similarity", "cluster_id"]
-
-    def rows() -> Iterator[pa.Table]:
-        for table in stream(paths, columns, pc.field("seed_id").isin(chosen["seed_id"].combine_chunks())):
-            pairs = list(zip(table["seed_set"].to_pylist(), table["seed_id"].to_pylist(), strict=True))
-            mine = table.filter(pa.array([pair in wanted for pair in pairs], pa.bool_()))
-            hashes = pa.array([wanted[pair] for pair in pairs if pair in wanted], pa.uint64())
-            key = pa.array([f"{s}\x00{i}" for s, i in pairs if (s, i) in wanted], pa.string())
-            yield mine.append_column("hash", hashes).append_column("key", key)
-
-    order = [("similarity", "descending"), ("rank", "ascending"), ("image_id", "ascending")]
-    found = first_per_group(rows(), "key", each, order)
-    assert found is not None
-    return found.sort_by([("seed_set", "ascending"), ("hash", "ascending"), *order]).drop_columns(["key", "hash"])
 
 
 LOCATION_COLUMNS = (
