@@ -9,10 +9,13 @@ first frame stands for an animation, a truncated file is refused.
 import io
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from embeddings import decoding_header
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 REASONS = (
@@ -62,22 +65,20 @@ class ImageHeader:
     format: str
     width: int
     height: int
-    frames: int
 
 
 def probe(data: bytes, limits: DecodeLimits = DecodeLimits()) -> ImageHeader:
-    """Read the header only. Raises DecodeError."""
+    """Read the header with the codec's library, in this process: bytes from outside go through `Decoder.probe`.
+
+    Raises DecodeError.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         image, kind = _open(data, limits)
         width, height = image.size
         if kind != "TIFF" and _orientation(image) in (5, 6, 7, 8):  # Pillow has turned a TIFF's size already
             width, height = height, width
-        try:
-            frames = int(getattr(image, "n_frames", 1))
-        except Exception:  # codecs raise anything at all on a broken chain of frames
-            frames = 1
-        return ImageHeader(kind, width, height, frames)
+        return ImageHeader(kind, width, height)
 
 
 def decode(data: bytes, limits: DecodeLimits = DecodeLimits(), shrink_to: int | None = None) -> np.ndarray:
@@ -267,7 +268,23 @@ class Decoder:
         self.close()
 
     def decode(self, data: bytes, shrink_to: int | None = None) -> np.ndarray:
-        """As `decode`. A death is tried once more: the machine's memory killer is not the image's fault."""
+        """As `decode`."""
+        return self._asked(data, lambda child: child.decode(data, shrink_to))
+
+    def probe(self, data: bytes) -> ImageHeader:
+        """As `probe`. Plain files are read here in a few bounded steps, all others by the child's codec."""
+        kind = sniff(data)
+        if kind is None and data:
+            raise _unknown(data)
+        size = decoding_header.plain_size(data, kind) if kind is not None else None
+        if size is None:
+            return self._asked(data, lambda child: child.probe(data))
+        if size[0] * size[1] > self.limits.max_pixels:
+            raise DecodeError("too_many_pixels", f"{size[0]}x{size[1]}")
+        return ImageHeader(str(kind), *size)
+
+    def _asked[T](self, data: bytes, ask: Callable[[Any], T]) -> T:
+        """Ask the child; a death is tried once more: the machine's memory killer is not the image's fault."""
         from embeddings import decoding_process
 
         if not data:
@@ -276,7 +293,7 @@ class Decoder:
             if self._child is None:
                 self._child = decoding_process.Child(self.limits)
             try:
-                return self._child.decode(data, shrink_to)
+                return ask(self._child)
             except decoding_process.ChildDiedError as death:
                 self.close()
                 if attempt == 1 or death.reason == "decoder_timeout":

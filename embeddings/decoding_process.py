@@ -2,7 +2,8 @@
 
 The child is a fresh interpreter (a fork of a Ray worker would inherit its threads' locks) that reads
 requests from one pipe and answers on another; it ends when its parent closes the pipe or dies.
-CPU seconds per image and address space are bounded by the kernel (setrlimit).
+CPU seconds per image, address space and open files are bounded by the kernel (setrlimit), files cannot be written, and
+the environment, where secrets are kept, stays with the parent.
 """
 
 import fcntl
@@ -19,11 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from embeddings.decoding import DecodeError, DecodeLimits, decode
+from embeddings.decoding import FORMATS, REASONS, DecodeError, DecodeLimits, ImageHeader, decode, probe
 
-_REQUEST = struct.Struct("<QI")  # bytes of the image; the side that decoding may shrink to, 0: none
-_ANSWER = struct.Struct("<BII")  # 0: pixels of (h, w); 1: a refusal, (bytes of its text, 0)
+_REQUEST = struct.Struct("<QI")  # bytes of the image; the side that decoding may shrink to, 0: none; or _HEADER_ONLY
+_HEADER_ONLY = 0xFFFFFFFF
+_ANSWER = struct.Struct("<BII")  # 0: pixels of (h, w); 1: a refusal, (bytes of its text, 0); above: a header of (h, w)
 _PIPE_BYTES = 1 << 20
+_TEXT_BYTES = 1 << 16
+_OPEN_FILES = 64
+_ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "LANG", "TMPDIR", "OPENBLAS_CORETYPE")
 PROGRAM = "from embeddings.decoding_process import serve; serve()"
 
 
@@ -44,7 +49,7 @@ class Child:
         self._answers, from_child = os.pipe()
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         environment = {
-            **os.environ,
+            **{name: value for name, value in os.environ.items() if name in _ENVIRONMENT},
             "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
@@ -71,16 +76,41 @@ class Child:
     def decode(self, data: bytes, shrink_to: int | None = None) -> np.ndarray:
         """Pixels, (h, w, 3) uint8. Raises DecodeError, or ChildDiedError."""
         deadline = time.monotonic() + self.limits.wall_s
+        kind, height, width = self._ask(data, shrink_to or 0, deadline)
+        if kind != 0:
+            raise self._nonsense()
+        return self._receive(height * width * 3, deadline).reshape(height, width, 3)
+
+    def probe(self, data: bytes) -> ImageHeader:
+        """The header. Raises DecodeError, or ChildDiedError."""
+        kind, height, width = self._ask(data, _HEADER_ONLY, time.monotonic() + self.limits.wall_s)
+        if kind < 2 or kind - 2 >= len(FORMATS):
+            raise self._nonsense()
+        return ImageHeader(FORMATS[kind - 2], width, height)
+
+    def _ask(self, data: bytes, wanted: int, deadline: float) -> tuple[int, int, int]:
+        """The head of an answer that is no refusal. What the child says is believed no further than its bounds."""
         try:
-            self._send(_REQUEST.pack(len(data), shrink_to or 0), deadline)
+            self._send(_REQUEST.pack(len(data), wanted), deadline)
             self._send(data, deadline)
         except BrokenPipeError:
             raise self._death() from None
         kind, first, second = _ANSWER.unpack(self._receive(_ANSWER.size, deadline))
-        if kind == 0:
-            return self._receive(first * second * 3, deadline).reshape(first, second, 3)
-        reason, _, detail = self._receive(first, deadline).tobytes().decode().partition("\n")
+        if kind != 1:
+            if first * second > self.limits.max_pixels:
+                raise self._nonsense()
+            return kind, first, second
+        if first > _TEXT_BYTES:
+            raise self._nonsense()
+        text = self._receive(first, deadline).tobytes().decode(errors="replace")
+        reason, _, detail = text.partition("\n")
+        if reason not in REASONS:
+            raise self._nonsense()
         raise DecodeError(reason, detail)
+
+    def _nonsense(self) -> ChildDiedError:
+        """A child that answers what it cannot have meant is as good as dead."""
+        return ChildDiedError("decoder_crashed")
 
     def close(self) -> None:
         """End the child and collect it."""
@@ -129,17 +159,19 @@ def serve() -> None:
     """The child: answers requests until the parent is gone."""
     requests, answers, max_pixels, cpu_s, memory_bytes = (int(value) for value in sys.argv[1:6])
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (_OPEN_FILES, _OPEN_FILES))
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     limits = DecodeLimits(max_pixels=max_pixels, cpu_s=cpu_s, memory_bytes=memory_bytes)
     _one_thread_per_codec()
     with os.fdopen(requests, "rb", buffering=0) as source, os.fdopen(answers, "wb", buffering=0) as sink:
         try:
             while (head := _exactly(source, _REQUEST.size)) is not None:
-                size, shrink_to = _REQUEST.unpack(head)
+                size, wanted = _REQUEST.unpack(head)
                 data = _exactly(source, size)
                 if data is None:
                     return
-                for piece in _answer(data, limits, shrink_to or None):
+                for piece in _answer(data, limits, wanted):
                     view = memoryview(piece).cast("B")
                     while view:
                         view = view[sink.write(view) :]
@@ -147,17 +179,23 @@ def serve() -> None:
             return
 
 
-def _answer(data: bytes, limits: DecodeLimits, shrink_to: int | None) -> tuple[Any, ...]:
+def _answer(data: bytes, limits: DecodeLimits, wanted: int) -> tuple[Any, ...]:
     used = resource.getrusage(resource.RUSAGE_SELF)
     bound = math.ceil(used.ru_utime + used.ru_stime) + limits.cpu_s
     resource.setrlimit(resource.RLIMIT_CPU, (bound, resource.RLIM_INFINITY))
     try:
-        pixels = decode(data, limits, shrink_to)
+        if wanted == _HEADER_ONLY:
+            header = probe(data, limits)
+            return (_ANSWER.pack(2 + FORMATS.index(header.format), header.height, header.width),)
+        pixels = decode(data, limits, wanted or None)
     except DecodeError as error:
-        text = f"{error.reason}\n{error.detail}".encode()
+        text = f"{error.reason}\n{error.detail}".encode(errors="replace")[:_TEXT_BYTES]
         return (_ANSWER.pack(1, len(text), 0), text)
     except MemoryError:
         text = b"too_much_memory\n"
+        return (_ANSWER.pack(1, len(text), 0), text)
+    except Exception as error:  # `probe` lets through what a codec's metadata raises
+        text = f"damaged\n{type(error).__name__}".encode()
         return (_ANSWER.pack(1, len(text), 0), text)
     return (_ANSWER.pack(0, pixels.shape[0], pixels.shape[1]), np.ascontiguousarray(pixels))
 

@@ -50,7 +50,6 @@ def test_animation_gives_its_first_frame() -> None:
             frames[0].convert("RGB") if kind == "WEBP" else frames[0], kind, save_all=True, append_images=frames[1:]
         )
         assert np.abs(decode(data).astype(int) - np.asarray(frames[0].convert("RGB"))).mean() < 6
-        assert probe(data).frames == 3
 
 
 def test_header_says_what_decoding_gives() -> None:
