@@ -24,6 +24,10 @@ from pipelines.stages.mix import MixConfig
 from pipelines.stages.report import ReportConfig
 from pipelines.stages.retrieve import RetrieveConfig
 
+MAX_BYTES = 1 << 18
+MAX_VALUES = 100_000
+MAX_DEPTH = 50
+"""What a configuration may hold, aliases counted as often as they are used: ten lines of aliases can mean a billion."""
 ROLE = re.compile(r"^(pool|seed|reference)(:[A-Za-z0-9][A-Za-z0-9._-]*)?$")
 """pool, pool:NAME, seed:NAME or reference:NAME; a name is letters, digits, `.`, `_` and `-`."""
 
@@ -93,6 +97,8 @@ class _Loader(yaml.SafeLoader):
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[Any, int] = {}
     for key_node, _ in node.value:
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise yaml.MarkedYAMLError(problem="a key that is no plain word", problem_mark=key_node.start_mark)
         key = loader.construct_object(key_node)
         if key in seen:
             raise yaml.MarkedYAMLError(problem=f"key {key!r} is written twice", problem_mark=key_node.start_mark)
@@ -114,19 +120,51 @@ def load(path: str) -> RunConfig:
 def read_mapping(path: str) -> tuple[dict[str, Any], str]:
     """A YAML file that holds a mapping of blocks, and its text. Raises UserError that names the line."""
     try:
-        text = storage.read_bytes(path).decode()
+        data = storage.read_bytes(path, 0, MAX_BYTES + 1)
+        text = data.decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as text ({error})") from error
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{path}: larger than {MAX_BYTES >> 10} KiB, which no configuration is")
     try:
+        _check_size(yaml.compose(text, Loader=yaml.SafeLoader), path)
         document = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: not valid YAML ({error.problem})") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not valid YAML ({str(error).splitlines()[0]})") from error
+    except RecursionError:
+        raise UserError(f"{path}: not valid YAML (nested too deep)") from None
+    except UserError:
+        raise
+    except Exception as error:  # PyYAML lets through whatever its constructors raise on values they cannot read
+        raise UserError(f"{path}: not valid YAML ({(str(error) or type(error).__name__).splitlines()[0]})") from error
     if not isinstance(document, dict):
         raise UserError(f"{path}: a configuration is a mapping of blocks; `curate init` writes an example")
     return document, text
+
+
+def _check_size(root: yaml.Node | None, path: str) -> None:
+    """Refuse aliases that contain themselves, and what grows beyond all bounds when aliases are followed."""
+    known: dict[int, tuple[int, int]] = {}
+
+    def measure(node: yaml.Node, above: frozenset[int]) -> tuple[int, int]:
+        """(values, levels) of a node, aliases followed."""
+        if id(node) in above:
+            raise UserError(f"{path} line {node.start_mark.line + 1}: an alias that contains itself")
+        if id(node) not in known:
+            children = node.value if isinstance(node, yaml.SequenceNode | yaml.MappingNode) else []
+            parts = [part for child in children for part in (child if isinstance(child, tuple) else (child,))]
+            found = [measure(part, above | {id(node)}) for part in parts]
+            known[id(node)] = (
+                1 + sum(values for values, _ in found),
+                1 + max((levels for _, levels in found), default=0),
+            )
+            if known[id(node)][1] > MAX_DEPTH:
+                raise UserError(f"{path} line {node.start_mark.line + 1}: nested deeper than {MAX_DEPTH} levels")
+        return known[id(node)]
+
+    if root is not None and measure(root, frozenset())[0] > MAX_VALUES:
+        raise UserError(f"{path}: its aliases mean more than {MAX_VALUES:,} values")
 
 
 def _empty_blocks(text: str) -> list[str]:

@@ -19,6 +19,13 @@ _SAFE_IN_PATH = "/%:@!$&'()*+,;=~-._"
 _SAFE_IN_QUERY = _SAFE_IN_PATH + "?[]{}|^`"
 _LABEL = re.compile(r"^[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?$")
 _NUMERIC_LABEL = re.compile(r"^(0x[0-9a-f]*|[0-9]+)$")
+_BRACKETED = re.compile(r"^\[[0-9a-f:.]+\](:[0-9]*)?$", re.IGNORECASE)  # no zones: they name an interface of ours
+
+# Other protocols' ports, on which an HTTP request may be taken for something else: what browsers refuse (WHATWG Fetch).
+_PORTS = """0 1 7 9 11 13 15 17 19 20 21 22 23 25 37 42 43 53 69 77 79 87 95 101 102 103 104 109 110 111 113 115
+117 119 123 135 137 139 143 161 179 389 427 465 512 513 514 515 526 530 531 532 540 548 554 556 563 587 601 636 989
+990 993 995 1719 1720 1723 2049 3659 4045 4190 5060 5061 6000 6566 6665 6666 6667 6668 6669 6679 6697 10080"""
+REFUSED_PORTS = frozenset(int(port) for port in _PORTS.split())
 
 # Public by their range, private by their use.
 _REFUSED = [
@@ -28,11 +35,14 @@ _REFUSED = [
         "192.0.0.0/24",  # protocol assignments; Oracle's metadata is among them
         "2001::/23",  # protocol assignments
         "192.88.99.0/24",  # relays into 6to4
+        "3fff::/20",  # documentation
+        "5f00::/16",  # segment routing inside one network
         "fec0::/10",  # site-local, abolished but routable inside some networks
         "::/8",  # IPv4-compatible and the unspecified address; IPv4-mapped is unwrapped before
     )
 ]
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_ISATAP = (0x00005EFE, 0x02005EFE)
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -79,19 +89,26 @@ def parse(url: str) -> Target:
         raise FetchError("scheme", f"{shown}, not http or https")
     if "@" in parts.netloc:
         raise FetchError("credentials", "a URL with a user name or password is not asked")
-    if "\\" in parts.netloc or not parts.hostname or port == 0:
+    if "\\" in parts.netloc or not parts.hostname:
         raise FetchError("bad_url", "no valid host")
-    path = quote(parts.path, safe=_SAFE_IN_PATH) or "/"
+    if ("[" in parts.netloc or "]" in parts.netloc) and not _BRACKETED.match(parts.netloc):
+        raise FetchError("bad_url", "no valid host")
+    if port in REFUSED_PORTS:
+        raise FetchError("bad_url", "a port of another protocol")
+    try:
+        path = quote(parts.path, safe=_SAFE_IN_PATH) or "/"
+        query = quote(parts.query, safe=_SAFE_IN_QUERY)
+    except UnicodeEncodeError:  # half a surrogate pair
+        raise FetchError("bad_url", "cannot be parsed") from None
     if not path.startswith("/"):
         raise FetchError("bad_url", "cannot be parsed")
-    query = quote(parts.query, safe=_SAFE_IN_QUERY)
     return Target(scheme, _host(parts.hostname), port or DEFAULT_PORTS[scheme], f"{path}?{query}" if query else path)
 
 
 def _host(host: str) -> str:
     if ":" in host:
         try:
-            return str(ipaddress.IPv6Address(host.split("%", 1)[0]))
+            return str(ipaddress.IPv6Address(host))
         except ValueError:
             raise FetchError("bad_url", "no valid host") from None
     try:
@@ -128,6 +145,9 @@ def is_public(address: Address) -> bool:
         if address.sixtofour is not None and not is_public(address.sixtofour):
             return False
         if address.teredo is not None:
+            return False
+        word = int(address)
+        if word >> 32 & 0xFFFFFFFF in _ISATAP and not is_public(ipaddress.IPv4Address(word & 0xFFFFFFFF)):
             return False
     if any(address in network for network in _REFUSED if network.version == address.version):
         return False
