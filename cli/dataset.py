@@ -32,6 +32,7 @@ def register(app: typer.Typer) -> None:
         session.carry_out(
             lambda context: manifest_stage.execute(context, config),
             json,
+            stage="manifest",
             run=root,
             rebuild=rebuild,
             ray_address=ray_address,
@@ -55,6 +56,7 @@ def register(app: typer.Typer) -> None:
         outcome = session.carry_out(
             lambda context: report_stage.execute(context, config),
             json,
+            stage="report",
             run=root,
             rebuild=rebuild,
             ray_address=ray_address,

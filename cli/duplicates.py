@@ -59,6 +59,7 @@ def register(app: typer.Typer) -> None:
         outcome = session.carry_out(
             lambda context: dedup.execute(context, config, embeddings=embeddings),
             as_json,
+            stage="dedup",
             run=run,
             out=out,
             seed=seed,

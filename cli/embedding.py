@@ -68,6 +68,7 @@ def register_embed(app: typer.Typer) -> None:
         session.carry_out(
             lambda context: embed.execute(context, config, images=images),
             as_json,
+            stage="embed",
             run=run,
             out=out,
             rebuild=rebuild,

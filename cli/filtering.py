@@ -41,6 +41,7 @@ def register_filter(app: typer.Typer) -> None:
         session.carry_out(
             lambda context: filter_stage.execute(context, config),
             as_json,
+            stage="filter",
             run=run,
             seed=seed,
             rebuild=rebuild,

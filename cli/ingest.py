@@ -91,7 +91,12 @@ def _download(
     config = resolve(DownloadConfig, run, "download", overrides)
     with ProgressDisplay(quiet=as_json) as display, lock.hold(run):
         surroundings = context(
-            run, ray_address=ray_address, workers=workers, memory_per_worker=memory_per_worker, display=display
+            run,
+            stage="download",
+            ray_address=ray_address,
+            workers=workers,
+            memory_per_worker=memory_per_worker,
+            display=display,
         )
         if retry:
             outcome = download.retry(surroundings, config)
@@ -141,7 +146,12 @@ def _import_now(
     kind = _kind(source)
     with ProgressDisplay(quiet=as_json) as display, lock.hold(out):
         surroundings = context(
-            out, ray_address=ray_address, workers=workers, memory_per_worker=memory_per_worker, display=display
+            out,
+            stage="import",
+            ray_address=ray_address,
+            workers=workers,
+            memory_per_worker=memory_per_worker,
+            display=display,
         )
         outcome = importing.execute(
             surroundings,

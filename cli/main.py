@@ -13,7 +13,18 @@ app = typer.Typer(
     add_completion=True,
 )
 
-GROUPS = ("start", "ingest", "images", "duplicates", "selection", "dataset", "adding", "training", "evaluation")
+GROUPS = (
+    "start",
+    "ingest",
+    "images",
+    "duplicates",
+    "selection",
+    "dataset",
+    "adding",
+    "submission",
+    "training",
+    "evaluation",
+)
 """Modules of cli/ that add their commands to `app` through `register(app)`."""
 
 for _group in GROUPS:

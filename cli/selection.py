@@ -107,6 +107,7 @@ def _cluster(
     _carry_out(
         lambda context: cluster.execute(context, config, embeddings=embeddings),
         as_json,
+        stage="cluster",
         run=run,
         out=out,
         seed=seed,
@@ -137,6 +138,7 @@ def _retrieve(
     _carry_out(
         lambda context: retrieve.execute(context, config, embeddings=embeddings, seeds=named, clusters=clusters),
         as_json,
+        stage="retrieve",
         run=run,
         out=out,
         seed=seed,
@@ -163,6 +165,7 @@ def _balance(
     _carry_out(
         lambda context: balance.execute(context, config, clusters=clusters),
         as_json,
+        stage="balance",
         run=run,
         out=out,
         seed=seed,
@@ -188,11 +191,19 @@ def _mix(
         overrides["shares"] = _shares(share)
     config = session.resolve(MixConfig, run, "mix", overrides)
     resources = {"ray_address": ray_address, "workers": workers, "memory_per_worker": memory_per_worker}
-    _carry_out(lambda context: mix.execute(context, config), as_json, run=run, seed=seed, rebuild=rebuild, **resources)
+    _carry_out(
+        lambda context: mix.execute(context, config),
+        as_json,
+        stage="mix",
+        run=run,
+        seed=seed,
+        rebuild=rebuild,
+        **resources,
+    )
 
 
-def _carry_out(stage: Callable[[Context], Outcome], as_json: bool, *, run: str | None, **surroundings: Any) -> None:
-    outcome = session.carry_out(stage, as_json, run=run, **surroundings)
+def _carry_out(execute: Callable[[Context], Outcome], as_json: bool, *, run: str | None, **surroundings: Any) -> None:
+    outcome = session.carry_out(execute, as_json, run=run, **surroundings)
     if not as_json:
         for group in ("seed_sets", "sources"):
             for name, counts in outcome.summary.get(group, {}).items():

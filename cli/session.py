@@ -65,9 +65,13 @@ def context(
     ray_address: str | None = None,
     workers: int | None = None,
     memory_per_worker: str | None = None,
+    stage: str | None = None,
     display: ProgressDisplay,
 ) -> Context:
-    """A stage's surroundings. With `out` and no run, results go directly into that folder."""
+    """A stage's surroundings. With `out` and no run, results go directly into that folder.
+
+    stage: whose entry of `resources.stages` counts.
+    """
     root = run if run is not None else out
     if root is None:
         raise UserError("give a run directory, or --embeddings and --out")
@@ -75,7 +79,7 @@ def context(
     stored = stored_block(run, "resources")
     merged = stored | {name: value for name, value in resources.items() if value is not None}
     events = Events(storage.join(root, "events.jsonl") if run is not None else None, display)
-    return Context(
+    made = Context(
         run=RunDirectory(root),
         seed=stored_seed(run) if seed is None else seed,
         resources=configuration.check(Resources, merged, ""),
@@ -83,9 +87,10 @@ def context(
         rebuild=rebuild,
         out=out if run is None else None,
     )
+    return made.for_stage(stage) if stage else made
 
 
-def carry_out(stage: Callable[[Context], Outcome], as_json: bool, *, run: str | None, **surroundings: Any) -> Outcome:
+def carry_out(execute: Callable[[Context], Outcome], as_json: bool, *, run: str | None, **surroundings: Any) -> Outcome:
     """Run a stage under the lock of its folder and print what it did. surroundings: as `context` takes them.
 
     Raises UserError for a run directory that is not there.
@@ -97,7 +102,7 @@ def carry_out(stage: Callable[[Context], Outcome], as_json: bool, *, run: str | 
     with ProgressDisplay(quiet=as_json) as display:
         made = context(run, display=display, **surroundings)
         with lock.hold(made.run.root):
-            outcome = stage(made)
+            outcome = execute(made)
     print_outcome(outcome, as_json)
     return outcome
 

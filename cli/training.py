@@ -125,7 +125,9 @@ def _train(
 
         if ray_address is not None and ray_address.startswith("http"):
             job = launch.submit(config, command, processes, ray_address)
-            print_result({"job": job}, [f"submitted {job} to {ray_address}: ray job logs --follow {job}"], as_json)
+            print_result(
+                {"job": job}, [f"submitted {job}: curate submit --logs {job} --address {ray_address}"], as_json
+            )
             return
         with TrainingDisplay(quiet=as_json) as display:
             result = launch.train(config, processes, ray_address, display)

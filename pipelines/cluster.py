@@ -1,15 +1,51 @@
 """Ray: started in this process, or joined by address; tasks spread with a bounded number in flight."""
 
+import contextlib
+import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+import shlex
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from curation import device
+from curation import device, storage
 from curation.errors import UserError
 
-IN_FLIGHT_PER_CPU = 3
+IN_FLIGHT_PER_SLOT = 3
+"""What waits beyond what runs keeps workers busy, and is what an autoscaler sees."""
+LOOK_AGAIN_S = 5.0
+"""How often the size of the cluster is asked for: machines join and leave."""
+LOSSES = 3
+"""Times a task is handed in again after the machines that Ray itself tried it on were lost."""
+PROBE_S = 120.0
 START_ATTEMPTS = 3
 WORKER_ENVIRONMENT = {"NO_ALBUMENTATIONS_UPDATE": "1", "TOKENIZERS_PARALLELISM": "false"}
+FOLDER = "CURATE_FOLDER"
+"""Environment variable: where relative paths start, for the workers of a cluster that was joined."""
+VARIABLES = "environment"
+"""File beside the code of a submitted job: NAME=VALUE as a shell reads it."""
+HOOK = "pipelines.cluster.set_up_worker"
+JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray in a submitted job, whose runtime environment the workers have already."""
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one task asks a machine for. num_gpus: the share of a GPU that `curation.device` lends to it."""
+
+    num_cpus: float = 1
+    num_gpus: float = 0
+    memory_bytes: int | None = None
+    custom: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def amounts(self) -> dict[str, float]:
+        """By Ray's names, without what is not asked for."""
+        named = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": self.memory_bytes or 0, **self.custom}
+        return {name: amount for name, amount in named.items() if amount}
 
 
 def start(address: str | None, workers: int | None) -> None:
@@ -22,10 +58,7 @@ def start(address: str | None, workers: int | None) -> None:
         return
     os.environ |= {name: os.environ.get(name, value) for name, value in WORKER_ENVIRONMENT.items()}
     if address:
-        try:
-            ray.init(address=address, logging_level="ERROR", runtime_env={"env_vars": WORKER_ENVIRONMENT})
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"Ray cannot be reached at {address}: {str(error).splitlines()[0]}", exit_code=1) from error
+        _join(address)
         return
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
@@ -42,6 +75,45 @@ def start(address: str | None, workers: int | None) -> None:
             if attempt == START_ATTEMPTS:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"Ray cannot be started on this machine: {reason}", exit_code=1) from error
+
+
+def _join(address: str) -> None:
+    import ray
+
+    try:
+        with tempfile.TemporaryDirectory(prefix="curate-code-") as folder:
+            ray.init(
+                address=address,
+                logging_level="ERROR",
+                log_to_driver=bool(os.environ.get("CURATE_WORKER_LOGS")),
+                runtime_env=_environment(folder),
+            )
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"Ray cannot be reached at {address}: {reason}", exit_code=1) from error
+
+
+def _environment(folder: str) -> dict[str, Any]:
+    """The runtime environment of the workers: this very code, which a copy in `folder` ships to every machine."""
+    from pipelines import submission
+
+    if JOB in os.environ:
+        given = json.loads(os.environ[JOB]).get("runtime_env", {}).get("env_vars", {})
+        return {"env_vars": {name: value for name, value in WORKER_ENVIRONMENT.items() if name not in given}}
+    return {
+        "env_vars": WORKER_ENVIRONMENT | {FOLDER: os.getcwd()},
+        "py_modules": submission.copy_packages(folder),
+        "worker_process_setup_hook": HOOK,
+    }
+
+
+def set_up_worker() -> None:
+    """In a worker as it starts: relative paths begin where they do for the command that joined the cluster, and a
+    job's environment variables are those of its driver."""
+    with contextlib.suppress(OSError), open(VARIABLES, encoding="utf-8") as file:
+        os.environ |= dict(line.split("=", 1) for line in shlex.split(file.read()))
+    with contextlib.suppress(OSError):
+        os.chdir(os.environ.get(FOLDER, "."))
 
 
 def stop() -> None:
@@ -78,6 +150,87 @@ def gpu_name() -> str | None:
     return kinds[0].removeprefix("accelerator_type:") if kinds else "GPU"
 
 
+def slots(demand: Demand) -> int:
+    """How many tasks with this demand the living machines can run at once; 0 where Ray does not run."""
+    amounts = demand.amounts
+    return sum(
+        int(min((node.get(name, 0.0) / amount + 1e-9 for name, amount in amounts.items()), default=0.0))
+        for node in _machines().values()
+    )
+
+
+def lacking(demand: Demand) -> str | None:
+    """What no living machine has, as `8 CPU and 2 egress`; None where one has it all, or Ray does not run."""
+    machines = _machines()
+    amounts = {name: a for name, a in demand.amounts.items() if name != "GPU" or a > 1}
+    if not machines or any(all(m.get(name, 0.0) >= a for name, a in amounts.items()) for m in machines.values()):
+        return None
+    short = {name: a for name, a in amounts.items() if all(m.get(name, 0.0) < a for m in machines.values())}
+    return " and ".join(
+        f"{amount / 2**30:.3g} GiB of memory" if name == "memory" else f"{amount:g} {name}"
+        for name, amount in (short or amounts).items()
+    )
+
+
+def _machines() -> dict[str, dict[str, float]]:
+    """Resources of each living machine, by its node id."""
+    import ray
+
+    if not ray.is_initialized():
+        return {}
+    return {node["NodeID"]: dict(node["Resources"]) for node in ray.nodes() if node["Alive"]}
+
+
+_seen: set[tuple[str, str]] = set()
+"""(folder, node id) of what was found to be shared."""
+
+
+def require_seen(folder: str, what: str) -> None:
+    """A local folder must be the same one on every machine that runs tasks; nothing for an object store.
+
+    Raises UserError that names a machine that does not see it. A machine that joins later is not asked.
+    """
+    if not storage.is_local(folder):
+        return
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    path = os.path.abspath(storage.filesystem(folder)[1])
+    others = [
+        node
+        for node in ray.nodes()
+        if node["Alive"] and node["Resources"].get("CPU") and (path, node["NodeID"]) not in _seen
+    ]
+    if not others:
+        return
+    probe = os.path.join(path, f".seen-{uuid.uuid4().hex}")
+    storage.write_whole(probe, b"")
+    asking = {
+        ray.remote(num_cpus=0, max_retries=0)(os.path.exists)
+        .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))
+        .remote(probe): node
+        for node in others
+    }
+    try:
+        blind = []
+        done, _ = ray.wait(list(asking), num_returns=len(asking), timeout=PROBE_S)
+        for reference in done:
+            # A machine that was lost before it answered sees nothing, and does no harm.
+            with contextlib.suppress(ray.exceptions.RayError):
+                if ray.get(reference):
+                    _seen.add((path, asking[reference]["NodeID"]))
+                else:
+                    blind.append(reference)
+    finally:
+        os.unlink(probe)
+    if blind:
+        first = asking[blind[0]]["NodeManagerAddress"]
+        raise UserError(
+            f"{what}: {folder} is not the same folder on {len(blind)} of the cluster's machines (first: {first}): "
+            "put it on a file system that all of them mount, or on an object store (s3://bucket/...)"
+        )
+
+
 def spread(
     function: Callable[..., Any],
     calls: Iterable[tuple[str, tuple[Any, ...]]],
@@ -86,41 +239,74 @@ def spread(
     num_cpus: float = 1,
     num_gpus: float = 0,
     memory_bytes: int | None = None,
+    custom: Mapping[str, float] | None = None,
 ) -> Iterator[tuple[str, Any]]:
     """function(*arguments, shared) for each (name, arguments), in Ray tasks; yields (name, result) as they end.
 
-    num_gpus: the share of a GPU that `curation.device` lends to each.
+    The rest is what each asks for, as in `Demand`. As many are in flight as the cluster can run, and some that wait;
+    it is asked again all the time, so that machines that join get work. A task whose machine is lost is done again.
     """
     import ray
 
+    demand = Demand(num_cpus, num_gpus, memory_bytes, custom or {})
     options: dict[str, Any] = {"num_cpus": num_cpus, "max_retries": 3}
     if memory_bytes:
         options["memory"] = memory_bytes
+    if custom:
+        options["resources"] = dict(custom)
     if num_gpus:
         # Ray would end a worker after each task that has a share of a GPU; many take less than importing torch.
         options |= {"num_gpus": num_gpus, "max_calls": 0}
     remote = ray.remote(**options)(_on_gpu(function) if num_gpus else function)
     common = ray.put(shared)
-    limit = max(2, IN_FLIGHT_PER_CPU * cpus())
-    pending: dict[Any, str] = {}
+    pending: dict[Any, tuple[str, tuple[Any, ...]]] = {}
+    losses: dict[str, int] = {}
     queue = iter(calls)
+    limit, asked = 0, float("-inf")
     try:
         while True:
+            if time.monotonic() - asked > LOOK_AGAIN_S:
+                limit, asked = max(2, IN_FLIGHT_PER_SLOT * slots(demand)), time.monotonic()
             while len(pending) < limit:
                 item = next(queue, None)
                 if item is None:
                     break
-                name, arguments = item
-                pending[remote.remote(*arguments, common)] = name
+                pending[remote.remote(*item[1], common)] = item
             if not pending:
                 return
-            done, _ = ray.wait(list(pending), num_returns=1)
-            for reference in done:
-                name = pending.pop(reference)
-                yield name, _result(reference, name)
+            for reference in _finished(list(pending)):
+                name, arguments = pending.pop(reference)
+                try:
+                    result = _result(reference, name)
+                except _MachineLostError as lost:
+                    losses[name] = losses.get(name, 0) + 1
+                    if losses[name] > LOSSES:
+                        raise _gave_up(name, lost.kind) from lost
+                    pending[remote.remote(*arguments, common)] = (name, arguments)
+                    continue
+                yield name, result
     finally:
         for reference in pending:
             ray.cancel(reference, force=False)
+
+
+def _finished(references: list[Any]) -> list[Any]:
+    """Those that are done: waits for one, LOOK_AGAIN_S at most, then takes what else there is."""
+    import ray
+
+    done, waiting = ray.wait(references, num_returns=1, timeout=LOOK_AGAIN_S)
+    if done and waiting:
+        more, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        done = [*done, *more]
+    return list(done)
+
+
+class _MachineLostError(Exception):
+    """The machine that ran a task, or held its result, is gone."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.kind = kind
 
 
 def _on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -141,9 +327,15 @@ def _result(reference: Any, name: str) -> Any:
         if isinstance(cause, UserError):
             raise cause from None
         raise
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.NodeDiedError, ray.exceptions.OutOfMemoryError) as error:
-        raise UserError(
-            f"{name}: its worker died four times ({type(error).__name__}); lower memory_per_worker or look at "
-            "Ray's logs, then run the same command again: finished parts are kept",
-            exit_code=1,
-        ) from error
+    except (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError) as error:
+        raise _MachineLostError(type(error).__name__) from error
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise _gave_up(name, type(error).__name__) from error
+
+
+def _gave_up(name: str, kind: str) -> UserError:
+    return UserError(
+        f"{name}: its worker died every time it was tried ({kind}); lower memory_per_worker or look at "
+        "Ray's logs, then run the same command again: finished parts are kept",
+        exit_code=1,
+    )

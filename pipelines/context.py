@@ -6,6 +6,8 @@ its parts with `map_parts`, and ends with `finish`. Equal and complete: skipped;
 are done; different: refused with the difference, unless told to rebuild.
 """
 
+import dataclasses
+import difflib
 import json
 import math
 import platform
@@ -46,6 +48,65 @@ class StageConfig(BaseModel):
 class Resources(StageConfig):
     """Where the work runs and what it may use; never part of a fingerprint."""
 
+RESERVED = ("CPU", "GPU", "memory", "object_store_memory")
+"""Ray's own names of resources: they have keys of their own here."""
+
+
+def _checked_size(text: str) -> str:
+    if TypeAdapter(ByteSize).validate_python(text) < 1 << 26:
+        raise ValueError("less than 64MiB is too little for any task")
+    return text
+
+
+class StageResources(StageConfig):
+    """What one task of a stage asks of a machine. What is left out keeps its default."""
+
+    cpus: float | None = Field(
+        None, gt=0, le=1024, description="CPU cores of one task; default: 1 (about half for a task of an image pass)"
+    )
+    gpus: float | None = Field(
+        None, ge=0, le=64, description="GPUs, or the share of one, of a task that uses one; default: tasks_per_gpu, 1"
+    )
+    memory: str | None = Field(
+        None, description="kept free for each task by Ray, and memory_per_worker of this stage, e.g. 16GiB"
+    )
+    custom: dict[str, float] = Field(
+        default_factory=dict, description="custom resources of the cluster, e.g. {egress: 1}; not asked for locally"
+    )
+
+    @field_validator("memory")
+    @classmethod
+    def _is_a_size(cls, text: str | None) -> str | None:
+        return text and _checked_size(text)
+
+    @field_validator("gpus")
+    @classmethod
+    def _is_a_share(cls, value: float | None) -> float | None:
+        return value and _whole_above_one("GPUs", value)
+
+    @field_validator("custom")
+    @classmethod
+    def _are_custom(cls, values: dict[str, float]) -> dict[str, float]:
+        for name, value in values.items():
+            if name in RESERVED or not name.strip():
+                raise ValueError(f"`{name}` is no custom resource; cpus, gpus and memory have keys of their own")
+            if not 0 < value < 1 << 40:
+                raise ValueError(f"`{name}: {value:g}` must be above 0")
+            _whole_above_one(name, value)
+        return values
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """`memory` in bytes."""
+        return None if self.memory is None else int(TypeAdapter(ByteSize).validate_python(self.memory))
+
+
+def _whole_above_one(name: str, value: float) -> float:
+    if value > 1 and value != int(value):
+        raise ValueError(f"{value:g} {name}: above 1 Ray lends whole ones only")
+    return value
+
+
     ray_address: str | None = Field(None, description="Ray cluster to use (`auto`, `ray://host:10001`); default: local")
     workers: int | None = Field(None, ge=1, description="CPU cores to use locally; default: all of them")
     memory_per_worker: str = Field("4GiB", description="memory one task may use, e.g. 4GiB")
@@ -58,11 +119,24 @@ class Resources(StageConfig):
 
     @field_validator("memory_per_worker")
     @classmethod
+    scratch: str | None = Field(
+        None, description="folder that all machines see, for dedup's scratch where the run is on an object store"
+    )
+    stages: dict[str, StageResources] = Field(
+        default_factory=dict, description="what a task of a stage asks for, by the stage's name"
+    )
     def _is_a_size(cls, text: str) -> str:
-        size = TypeAdapter(ByteSize).validate_python(text)
-        if size < 1 << 26:
-            raise ValueError("less than 64MiB is too little for any task")
-        return text
+        return _checked_size(text)
+
+    @field_validator("stages")
+    @classmethod
+    def _are_stages(cls, stages: dict[str, StageResources]) -> dict[str, StageResources]:
+        for name in stages:
+            if name not in catalog.NAMES:
+                close = difflib.get_close_matches(name, catalog.NAMES, 1)
+                hint = f"did you mean `{close[0]}`?" if close else f"the stages are {', '.join(catalog.NAMES)}"
+                raise ValueError(f"`{name}` is no stage; {hint}")
+        return stages
 
     @property
     def memory_bytes(self) -> int:
@@ -98,6 +172,7 @@ class Context:
     _started: dict[str, float] = field(default_factory=dict)
 
     def stage(self, name: str) -> StageDirectory:
+    asks: StageResources = field(default_factory=lambda: StageResources())  # noqa: PLW0108 - mypy wants the call
         """Where a stage's output lies: in the run, or directly in `out`."""
         if self.out is not None:
             return StageDirectory(self.out, name, flat=True)
@@ -264,12 +339,15 @@ class Context:
         heavy: these are tasks of products, as those of a function marked by `curation.device.heavy` always are: each is
         lent a share of a GPU where the cluster has any. The result is the same.
         """
-        cluster.start(self.resources.ray_address, self.resources.workers)
-        num_gpus = 0.0
-        if self.resources.tasks_per_gpu and (heavy or device.is_heavy(function)) and cluster.gpus():
-            num_gpus = math.floor(1e4 / self.resources.tasks_per_gpu) / 1e4  # Ray counts so finely
-        return cluster.spread(
-            function, calls, shared=shared, num_cpus=num_cpus, num_gpus=num_gpus, memory_bytes=memory_bytes
+        self.start()
+        share = 0.0
+        if heavy or device.is_heavy(function):
+            share = self._gpu_share()
+        demand = cluster.Demand(
+            num_cpus=self.asks.cpus or num_cpus,
+            num_gpus=share,
+            memory_bytes=memory_bytes if self.asks.memory is None else self.asks.memory_bytes,
+            custom=self.custom,
         )
 
     def finish(self, generation: Generation, summary: Mapping[str, Any]) -> Outcome:

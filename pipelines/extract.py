@@ -8,6 +8,7 @@ import json
 import os
 import re
 import tempfile
+import uuid
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -70,19 +71,55 @@ def execute(paths: list[str], out: str, resources: Resources, events: Events) ->
     _check(paths, out)
     events.emit("stage_start", NAME, resumed=False)
     cluster.start(resources.ray_address, resources.workers)
-    folder = os.path.dirname(os.path.abspath(out)) if storage.is_local(out) else None
     counts: Counter[str] = Counter()
     rows = 0
-    with tempfile.TemporaryDirectory(prefix=".extract-", dir=folder) as scratch:
-        pieces = [os.path.join(scratch, f"{number:06d}.parquet") for number in range(len(paths))]
+    with _scratch(out) as scratch:
+        if resources.ray_address is not None:
+            cluster.require_seen(scratch, "--out")
+        pieces = [storage.join(scratch, f"{number:06d}.parquet") for number in range(len(paths))]
         calls = ((str(n), (path, piece)) for n, (path, piece) in enumerate(zip(paths, pieces, strict=True)))
         events.emit("parts", NAME, total=len(paths), done=0)
         for done, (_, found) in enumerate(cluster.spread(extract_file, calls), 1):
             counts.update(found)
             events.emit("part", NAME, part="", rows=found["images"], done=done, total=len(paths))
-        rows = _join(pieces, out, scratch)
+        rows = _join(pieces, out)
     events.emit("stage_end", NAME, rows=rows, seconds=0.0, summary=dict(counts))
     return Extracted(out, rows, {name: counts[name] for name in sorted(counts)})
+
+
+@contextlib.contextmanager
+def _scratch(out: str) -> Iterator[str]:
+    """A folder beside the result, for the lists of single files: any machine of a cluster can write there."""
+    local = storage.is_local(out)
+    parent = os.path.dirname(os.path.abspath(storage.filesystem(out)[1])) if local else out.rpartition("/")[0]
+    folder = storage.join(parent, f".extract-{uuid.uuid4().hex}")
+    if local:
+        os.makedirs(folder)
+    try:
+        yield folder
+    finally:
+        fs, inner = storage.filesystem(folder)
+        if fs.exists(inner):
+            fs.rm(inner, recursive=True)
+
+
+@contextlib.contextmanager
+def _written(path: str) -> Iterator[str]:
+    """A local file to write, which is then at `path`, wherever that is."""
+    if storage.is_local(path):
+        inner = storage.filesystem(path)[1]
+        aside = f"{inner}.{uuid.uuid4().hex}.tmp"
+        try:
+            yield aside
+            os.replace(aside, inner)
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(aside)
+        return
+    with tempfile.TemporaryDirectory(prefix="curate-extract-") as folder:
+        yield os.path.join(folder, "list")
+        fs, inner = storage.filesystem(path)
+        fs.put_file(os.path.join(folder, "list"), inner)
 
 
 def _check(paths: list[str], out: str) -> None:
@@ -103,22 +140,18 @@ def _check(paths: list[str], out: str) -> None:
             raise UserError(f"{out}: cannot be written; choose another folder or its rights", exit_code=1)
 
 
-def _join(pieces: list[str], out: str, scratch: str) -> int:
+def _join(pieces: list[str], out: str) -> int:
     """Put the files' lists one behind the other; the result appears whole."""
-    whole = os.path.join(scratch, "whole.parquet")
     rows = 0
     try:
-        with pq.ParquetWriter(whole, URLS, compression="zstd") as writer:
+        with _written(out) as whole, pq.ParquetWriter(whole, URLS, compression="zstd") as writer:
             for piece in pieces:
-                for batch in pq.ParquetFile(piece).iter_batches(BATCH_ROWS):
-                    writer.write_batch(batch, row_group_size=BATCH_ROWS)
-                    rows += batch.num_rows
-                os.unlink(piece)
-        if storage.is_local(out):
-            os.replace(whole, storage.filesystem(out)[1])
-        else:
-            fs, inner = storage.filesystem(out)
-            fs.put_file(whole, inner)
+                fs, inner = storage.filesystem(piece)
+                with fs.open(inner, "rb") as file:
+                    for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS):
+                        writer.write_batch(batch, row_group_size=BATCH_ROWS)
+                        rows += batch.num_rows
+                fs.rm(inner)
     except OSError as error:
         raise storage.cannot_write(out, error) from error
     return rows
@@ -128,7 +161,7 @@ def extract_file(path: str, piece: str, _: None = None) -> dict[str, int]:
     """Write the list of one crawl file; returns counts. Runs in a Ray worker."""
     counts: Counter[str] = Counter()
     pending: list[tuple[str, str | None, str]] = []
-    with pq.ParquetWriter(piece, URLS, compression="zstd") as writer:
+    with _written(piece) as file, pq.ParquetWriter(file, URLS, compression="zstd") as writer:
         for row in images_of(path, counts):
             pending.append(row)
             if len(pending) == BATCH_ROWS:

@@ -12,7 +12,7 @@ import logging
 import pickle
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from curation.errors import UserError
 from pipelines import cluster
+from pipelines.cluster import Demand
 from pipelines.context import Context
 from pipelines.run_directory import Generation, PartRecord
 
@@ -68,8 +69,11 @@ def image_pass(
     for one in several:
         context.events.emit("parts", one.fingerprint.stage, total=len(tasks), done=len(records), **extra)
     if missing:
-        cluster.start(context.resources.ray_address, context.resources.workers)
-        for name, made in _persistently(missing, decode, shared, model, model_arguments, num_gpus):
+        context.start()
+        workers = Workers.of(context, num_gpus)
+        for demand in (workers.decode, workers.actor):
+            context.ask(demand, workers.both)
+        for name, made in _persistently(missing, decode, shared, model, model_arguments, workers):
             records[name] = made
             for one, record in zip(several, made, strict=True):
                 context.events.emit(
@@ -88,6 +92,40 @@ def image_pass(
 def actors(parts: int, num_gpus: float, cpus: int, gpus: float) -> int:
     """How many model actors: one per GPU share where GPUs are used, else one per core; never more than parts."""
     most = int(gpus / num_gpus) if num_gpus else cpus
+@dataclass(frozen=True)
+class Workers:
+    """What a decode task and an actor ask for. grows: the actors follow the size of the cluster."""
+
+    decode: Demand
+    actor: Demand
+    grows: bool
+
+    @staticmethod
+    def of(context: Context, num_gpus: float) -> "Workers":
+        """From `resources.stages`, where the stage is named there. num_gpus: of an actor, if nothing else is said."""
+        asks, cpus = context.asks, context.asks.cpus
+        more: dict[str, Any] = {"memory_bytes": asks.memory_bytes, "custom": context.custom}
+        if num_gpus:
+            workers = Demand(cpus or 1, 0, **more), Demand(0, asks.gpus or num_gpus, **more)
+        else:
+            actor_cpus = ACTOR_CPUS if cpus is None else cpus * ACTOR_CPUS / DECODE_CPUS
+            workers = Demand(cpus or DECODE_CPUS, 0, **more), Demand(actor_cpus, 0, **more)
+        return Workers(*workers, context.resources.ray_address is not None)
+
+    @property
+    def both(self) -> Demand:
+        """A decode task beside an actor."""
+        one, other = self.decode, self.actor
+        memory = (one.memory_bytes or 0) + (other.memory_bytes or 0)
+        return Demand(one.num_cpus + other.num_cpus, other.num_gpus, memory, {k: 2 * v for k, v in one.custom.items()})
+
+    def pool(self, parts: int) -> dict[str, int]:
+        """Sizes of the pool of actors."""
+        cores = min(cluster.cpus(), max(1, cluster.slots(self.both)))
+        count = actors(parts, self.actor.num_gpus, cores, cluster.gpus())
+        return {"min_size": 1, "initial_size": count, "max_size": parts} if self.grows else {"size": count}
+
+
     return max(1, min(most, parts))
 
 
@@ -102,7 +140,7 @@ def _persistently(tasks: Sequence[tuple[str, Any]], *arguments: Any) -> Iterator
                 deaths = 0
                 yield name, made
         except _WorkerDiedError as death:
-            deaths += 1 if death.is_actor else RETRIES + 1
+            deaths += 1 if death.may_pass else RETRIES + 1
             if deaths > RETRIES:
                 raise _give_up(death, left) from death
 
@@ -116,11 +154,11 @@ def _give_up(death: BaseException, left: Mapping[str, Any]) -> UserError:
 
 
 class _WorkerDiedError(Exception):
-    """A process of the pass ended without an answer: an actor once, or a decode worker every time Ray tried."""
+    """A process of the pass ended without an answer: an actor or a machine once, or a decode worker every time."""
 
-    def __init__(self, kind: str, is_actor: bool) -> None:
+    def __init__(self, kind: str, may_pass: bool) -> None:
         super().__init__(kind)
-        self.is_actor = is_actor
+        self.may_pass = may_pass
 
 
 def _run(
@@ -129,15 +167,12 @@ def _run(
     shared: Any,
     model: type,
     model_arguments: Mapping[str, Any],
-    num_gpus: float,
+    workers: Workers,
 ) -> Iterator[tuple[str, list[PartRecord]]]:
     import ray
     import ray.data
 
     _configure(ray.data.DataContext.get_current())
-    cores = cluster.cpus()
-    count = actors(len(tasks), num_gpus, cores, cluster.gpus())
-    share: dict[str, Any] = {"num_gpus": num_gpus, "num_cpus": 0} if num_gpus else {"num_cpus": ACTOR_CPUS}
     rows = [{"name": name, "task": pickle.dumps(task)} for name, task in tasks]
     dataset = _without_deprecations(
         lambda: (
@@ -147,20 +182,22 @@ def _run(
                 fn_kwargs={"decode": decode, "shared": ray.put(shared)},
                 batch_size=None,
                 batch_format="pyarrow",
-                num_cpus=1 if num_gpus else DECODE_CPUS,
-                concurrency=min(cores, len(tasks)),
+                concurrency=None if workers.grows else min(cluster.cpus(), len(tasks)),
                 max_retries=RETRIES,
             )
             .map_batches(
                 _Actor,
+                **_asked(workers.decode),
                 fn_constructor_args=(model, dict(model_arguments)),
                 batch_size=None,
                 batch_format="pyarrow",
                 zero_copy_batch=True,
-                compute=ray.data.ActorPoolStrategy(size=count, max_tasks_in_flight_per_actor=IN_FLIGHT_PER_ACTOR),
+                compute=ray.data.ActorPoolStrategy(
+                    **workers.pool(len(tasks)), max_tasks_in_flight_per_actor=IN_FLIGHT_PER_ACTOR
+                ),
                 max_restarts=0,
                 max_task_retries=0,
-                **share,
+                **_asked(workers.actor),
             )
         )
     )
@@ -178,6 +215,12 @@ def _run(
 def _decode_part(batch: pa.Table, decode: Callable[[Any, Any], Decoded], shared: Any) -> pa.Table:
     """One part: its task to its arrays, packed so that the actor reads them in place."""
     (name,), (task,) = batch["name"].to_pylist(), batch["task"].to_pylist()
+def _asked(demand: Demand) -> dict[str, Any]:
+    """A demand as Ray Data takes it."""
+    asked = {"num_cpus": demand.num_cpus, "num_gpus": demand.num_gpus or None, "memory": demand.memory_bytes}
+    return {k: v for k, v in asked.items() if v is not None} | ({"resources": demand.custom} if demand.custom else {})
+
+
     try:
         return pack(name, decode(pickle.loads(task), _fetched(shared)))
     except UserError as error:
@@ -273,21 +316,22 @@ def _translated(error: BaseException) -> BaseException:
     """_WorkerDiedError for a death; else the error, which is ours to mend."""
     import ray
 
-    actor_deaths = (ray.exceptions.ActorDiedError, ray.exceptions.ActorUnavailableError)
-    other_deaths = (
-        ray.exceptions.WorkerCrashedError,
+    passing = (
+        ray.exceptions.ActorDiedError,
+        ray.exceptions.ActorUnavailableError,
         ray.exceptions.NodeDiedError,
-        ray.exceptions.OutOfMemoryError,
+        ray.exceptions.ObjectLostError,
     )
     chain: list[BaseException] = []
     queue: list[BaseException | None] = [error]
     while queue:
+    deaths = (*passing, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
         one = queue.pop(0)
         if one is not None and one not in chain:
             chain.append(one)
             cause = getattr(one, "cause", None)
             queue += [one.__cause__, one.__context__, cause if isinstance(cause, BaseException) else None]
     for one in chain:
-        if isinstance(one, (*actor_deaths, *other_deaths)):
-            return _WorkerDiedError(type(one).__name__, isinstance(one, actor_deaths))
+        if isinstance(one, deaths):
+            return _WorkerDiedError(type(one).__name__, isinstance(one, passing))
     return error

@@ -4,7 +4,6 @@ Checkpoints and logs go to the training's `output`, which has to lie where every
 """
 
 import json
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import yaml
 
 from curation.errors import UserError
-from pipelines import cluster
+from pipelines import cluster, submission
 from training.config import TrainConfig
 from training.loop import Result
 
@@ -70,21 +69,6 @@ def work(document: dict[str, Any]) -> None:
 
 def submit(config: TrainConfig, command: str, processes: int, address: str) -> str:
     """Send the training to a cluster as a job that starts it there; the job's name. Raises UserError."""
-    from ray.exceptions import RayError
-    from ray.job_submission import JobSubmissionClient
-
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "train.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-        try:
-            client = JobSubmissionClient(address)
-            return str(
-                client.submit_job(
-                    entrypoint=f"curate {command} --config train.yaml --launcher ray --processes {processes} "
-                    "--ray-address auto",
-                    runtime_env={"working_dir": folder},
-                )
-            )
-        except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-            raise UserError(
-                f"--ray-address {address}: the job could not be submitted ({str(error).splitlines()[0]})", exit_code=1
-            ) from error
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    entry = [command, "--config", "train.yaml", "--launcher", "ray", "--processes", str(processes)]
+    return submission.submit(address, [*entry, "--ray-address", "auto"], {"train.yaml": text}, run=config.output)

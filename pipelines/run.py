@@ -82,16 +82,18 @@ def enabled(config: RunConfig) -> list[Stage]:
 
 def _execute(stage: Stage, context: Context, config: RunConfig) -> Iterator[Outcome]:
     if stage.name not in catalog.INGEST:
-        yield stage.execute(context, getattr(config, stage.block or ""))
+        yield stage.execute(context.for_stage(stage.name), getattr(config, stage.block or ""))
         return
     stages = {entry.name: entry for entry in catalog.STAGES}
     for source in config.sources:
         kind, origin = source.origin
         about = {"role": source.role, "licence": source.licence, "exempt": source.exempt}
         if kind == "urls":
-            yield stages["download"].execute(context, config.download, urls=origin, **about)
+            asking = context.for_stage("download")
+            yield stages["download"].execute(asking, config.download, urls=origin, **about)
         else:
-            yield stages["import"].execute(context, kind=kind, origin=origin, label_column=source.label_column, **about)
+            asking = context.for_stage("import")
+            yield stages["import"].execute(asking, kind=kind, origin=origin, label_column=source.label_column, **about)
 
 
 def _refuse_gap(context: Context, config: RunConfig, first: str | None) -> None:
