@@ -117,6 +117,21 @@ def make_salt(run: str) -> bytes:
     return _salt(run)
 
 
+def salt_of(run: str) -> bytes | None:
+    """The run's salt; None before the first request."""
+    return _salt(run) if storage.exists(storage.join(run, FOLDER, SALT)) else None
+
+
+def keys_of(run: str, name: str) -> dict[str, np.ndarray]:
+    """The keys that `put_keys` wrote under a name, by kind: (n,) uint64, ascending; {} where there are none."""
+    path = storage.join(run, FOLDER, f"keys-{name}.parquet")
+    if not storage.exists(path):
+        return {}
+    table, _ = _read(path, KEYS)
+    kinds, values = table["kind"].to_numpy(zero_copy_only=False), table["key"].to_numpy()
+    return {kind: np.unique(values[kinds == kind]) for kind in KINDS if (kinds == kind).any()}
+
+
 def keyed(salt: bytes, kind: str, values: Iterable[bytes]) -> np.ndarray:
     """(n,) uint64: the first 8 bytes of each value's blake2b under the salt.
 

@@ -3,6 +3,7 @@
 Only ranges that the `download` table of this run names, in files under RUN/download: imported files are the user's.
 """
 
+import hashlib
 import json
 import os
 from collections.abc import Sequence
@@ -66,27 +67,43 @@ def _erase_part(context: Context, part: Part, scored_path: str) -> int:
         if after["faces_blurred"] and before["shard"].startswith("download/"):
             ranges.setdefault(before["shard"], []).append((before["offset"], before["length"]))
     for shard, places in sorted(ranges.items()):
-        _overwrite(context.run.resolve(shard), places)
+        overwrite(context.run.resolve(shard), [(offset, bytes(length)) for offset, length in places])
     return sum(len(places) for places in ranges.values())
 
 
-def _overwrite(path: str, places: Sequence[tuple[int, int]]) -> None:
+def overwrite(path: str, patches: Sequence[tuple[int, bytes]]) -> None:
+    """Put bytes over those of a file, which keeps its length. patches: (offset, bytes).
+
+    In place on a local disk; on an object store the file is written anew, unless it holds them already.
+    """
     if not storage.is_local(path):
-        data = bytearray(storage.read_bytes(path))
-        for offset, length in places:
-            data[offset : offset + length] = bytes(length)
-        storage.write_whole(path, bytes(data))
+        before = storage.read_bytes(path)
+        data = bytearray(before)
+        for offset, patch in patches:
+            data[offset : offset + len(patch)] = patch
+        if data != before:
+            storage.write_whole(path, bytes(data))
         return
     inner = storage.filesystem(path)[1]
     try:
         with open(inner, "r+b") as file:
-            for offset, length in places:
+            for offset, patch in patches:
                 file.seek(offset)
-                file.write(bytes(length))
+                file.write(patch)
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise storage.cannot_write(path, error) from error
+
+
+def file_sha256(path: str) -> str:
+    """Hex digest of a file that may be large."""
+    digest = hashlib.sha256()
+    fs, inner = storage.filesystem(path)
+    with fs.open(inner, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def refuse_erased(context: Context) -> None:

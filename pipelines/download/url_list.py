@@ -128,8 +128,8 @@ def _column_names(path: str, kind: str) -> list[str]:
         fs, inner = storage.filesystem(path)
         with fs.open(inner, "rb") as file:
             return list(pq.ParquetFile(file).schema_arrow.names)
-    with _open_text(path) as text:
-        return next(_csv_rows(text, kind), [])
+    with open_text(path) as text:
+        return next(read_csv(text, kind), [])
 
 
 def _find_column(
@@ -175,8 +175,8 @@ def _as_text(array: pa.Array, name: str, path: str) -> pa.Array:
 
 def _csv_batches(path: str, columns: tuple[str | None, ...], kind: str = "csv") -> Iterator[pa.Table]:
     try:
-        with _open_text(path) as text:
-            rows = _csv_rows(text, kind)
+        with open_text(path) as text:
+            rows = read_csv(text, kind)
             header = next(rows, [])
             places = [None if name is None else header.index(name) for name in columns]
             pending: list[list[str | None]] = []
@@ -199,7 +199,7 @@ def _tsv_batches(path: str, columns: tuple[str | None, ...]) -> Iterator[pa.Tabl
 
 def _text_batches(path: str, columns: tuple[str | None, ...]) -> Iterator[pa.Table]:
     try:
-        with _open_text(path) as text:
+        with open_text(path) as text:
             pending: list[list[str | None]] = []
             while line := text.readline(MAX_LINE_CHARACTERS):
                 if not (url := line.strip()):
@@ -222,12 +222,14 @@ _READERS: dict[str, Any] = {
 }
 
 
-def _open_text(path: str) -> Any:
+def open_text(path: str) -> Any:
+    """A text file, compressed or not, for reading; bytes that are no UTF-8 are replaced."""
     file = fsspec.open(path, "rb", compression="infer").open()
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
 
 
-def _csv_rows(text: Any, kind: str) -> Iterator[list[str]]:
+def read_csv(text: Any, kind: str) -> Any:
+    """The `csv.reader` of a `csv` or `tsv`."""
     csv.field_size_limit(MAX_LINE_CHARACTERS)
     return csv.reader(text, delimiter="\t" if kind == "tsv" else ",")
 
@@ -249,7 +251,7 @@ def read_domains(path: str) -> frozenset[str]:
     from pipelines.download.errors import FetchError
 
     try:
-        with _open_text(path) as text:
+        with open_text(path) as text:
             lines = text.read().splitlines()
     except OSError as error:
         raise _unreadable(path, error) from error
