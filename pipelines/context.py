@@ -22,7 +22,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, field_
 
 from curation import device, storage
 from curation.errors import UserError
-from pipelines import cluster
+from pipelines import catalog, cluster
 from pipelines.events import Events
 from pipelines.run_directory import Fingerprint, Generation, PartRecord, PartWriter, RunDirectory, StageDirectory
 
@@ -44,9 +44,6 @@ class StageConfig(BaseModel):
             if (type(self).model_fields[name].json_schema_extra or {}).get("affects_output", True)  # type: ignore[union-attr]
         }
 
-
-class Resources(StageConfig):
-    """Where the work runs and what it may use; never part of a fingerprint."""
 
 RESERVED = ("CPU", "GPU", "memory", "object_store_memory")
 """Ray's own names of resources: they have keys of their own here."""
@@ -107,6 +104,9 @@ def _whole_above_one(name: str, value: float) -> float:
     return value
 
 
+class Resources(StageConfig):
+    """Where the work runs and what it may use; never part of a fingerprint."""
+
     ray_address: str | None = Field(None, description="Ray cluster to use (`auto`, `ray://host:10001`); default: local")
     workers: int | None = Field(None, ge=1, description="CPU cores to use locally; default: all of them")
     memory_per_worker: str = Field("4GiB", description="memory one task may use, e.g. 4GiB")
@@ -116,15 +116,15 @@ def _whole_above_one(name: str, value: float) -> float:
         le=1000,
         description="tasks of products (exact joins, k-means, exact search) that share a GPU; 0: none uses one",
     )
-
-    @field_validator("memory_per_worker")
-    @classmethod
     scratch: str | None = Field(
         None, description="folder that all machines see, for dedup's scratch where the run is on an object store"
     )
     stages: dict[str, StageResources] = Field(
         default_factory=dict, description="what a task of a stage asks for, by the stage's name"
     )
+
+    @field_validator("memory_per_worker")
+    @classmethod
     def _is_a_size(cls, text: str) -> str:
         return _checked_size(text)
 
@@ -169,10 +169,17 @@ class Context:
     events: Events = field(default_factory=lambda: Events(None))
     rebuild: bool = False
     out: str | None = None
+    asks: StageResources = field(default_factory=lambda: StageResources())  # noqa: PLW0108 - mypy wants the call
     _started: dict[str, float] = field(default_factory=dict)
 
+    def for_stage(self, name: str) -> "Context":
+        """The same surroundings with what `resources.stages` says of a stage: its tasks ask for that."""
+        asks = self.resources.stages.get(name, StageResources())  # type: ignore[call-arg]
+        memory = asks.memory or self.resources.memory_per_worker
+        resources = self.resources.model_copy(update={"memory_per_worker": memory})
+        return dataclasses.replace(self, resources=resources, asks=asks)
+
     def stage(self, name: str) -> StageDirectory:
-    asks: StageResources = field(default_factory=lambda: StageResources())  # noqa: PLW0108 - mypy wants the call
         """Where a stage's output lies: in the run, or directly in `out`."""
         if self.out is not None:
             return StageDirectory(self.out, name, flat=True)
@@ -349,6 +356,42 @@ class Context:
             memory_bytes=memory_bytes if self.asks.memory is None else self.asks.memory_bytes,
             custom=self.custom,
         )
+        self.ask(demand)
+        return cluster.spread(function, calls, shared=shared, **vars(demand))
+
+    def start(self) -> None:
+        """Join or start Ray. Raises UserError where it cannot be had, or where a machine of it does not see the run."""
+        cluster.start(self.resources.ray_address, self.resources.workers)
+        if self.resources.ray_address is not None:
+            cluster.require_seen(self.out or self.run.root, "run")
+
+    @property
+    def custom(self) -> dict[str, float]:
+        """Custom resources of a task: a cluster has them, Ray in this process does not."""
+        return self.asks.custom if self.resources.ray_address is not None else {}
+
+    def ask(self, demand: cluster.Demand, least: cluster.Demand | None = None) -> None:
+        """Refuse what this machine can never give; on a cluster, which may grow, say that it is waited for.
+
+        least: what has to fit on one machine where there is but one (`demand`, if not given).
+        """
+        joined = self.resources.ray_address is not None
+        lacking = cluster.lacking(demand if joined else (least or demand))
+        if lacking is None:
+            return
+        if not joined:
+            raise UserError(f"resources: a task asks for {lacking}; ask for less in resources.stages")
+        text = f"no machine of the cluster has {lacking} yet: tasks wait until one joins"
+        self.events.emit("warning", None, text=text)
+
+    def _gpu_share(self) -> float:
+        """Of a GPU, for a task of products; 0: it has none."""
+        if not cluster.gpus():
+            return 0.0
+        if self.asks.gpus is not None:
+            return self.asks.gpus
+        tasks = self.resources.tasks_per_gpu
+        return math.floor(1e4 / tasks) / 1e4 if tasks else 0.0  # Ray counts so finely
 
     def finish(self, generation: Generation, summary: Mapping[str, Any]) -> Outcome:
         """Mark a generation complete. summary: counts for the report; no timings, hosts or paths."""
@@ -446,9 +489,14 @@ class Context:
             fingerprint=self._fingerprint(name, revision, options, inputs, libraries, extra_inputs),
             consumed={i: [g.number for g in generations] for i, generations in inputs.items()},
         )
-        directory.save(generation)
+        if not directory.flat:
+            directory.save(generation)
         self.events.emit("stage_start", name, generation=number, resumed=False)
         return generation
+
+
+def _recorded(generation: Generation, renewed_by: Mapping[str, str] | None) -> dict[str, Any]:
+    return {key: generation.fingerprint.inputs[key] for key in renewed_by or {} if key in generation.fingerprint.inputs}
 
 
 def backend(libraries: Sequence[str]) -> dict[str, str]:
@@ -460,7 +508,3 @@ def backend(libraries: Sequence[str]) -> dict[str, str]:
         except PackageNotFoundError:
             found[name] = "absent"
     return found
-def _recorded(generation: Generation, renewed_by: Mapping[str, str] | None) -> dict[str, Any]:
-    return {key: generation.fingerprint.inputs[key] for key in renewed_by or {} if key in generation.fingerprint.inputs}
-
-

@@ -89,9 +89,6 @@ def image_pass(
         one.parts = [records[name][index] for name, _ in tasks]
 
 
-def actors(parts: int, num_gpus: float, cpus: int, gpus: float) -> int:
-    """How many model actors: one per GPU share where GPUs are used, else one per core; never more than parts."""
-    most = int(gpus / num_gpus) if num_gpus else cpus
 @dataclass(frozen=True)
 class Workers:
     """What a decode task and an actor ask for. grows: the actors follow the size of the cluster."""
@@ -126,6 +123,9 @@ class Workers:
         return {"min_size": 1, "initial_size": count, "max_size": parts} if self.grows else {"size": count}
 
 
+def actors(parts: int, num_gpus: float, cpus: int, gpus: float) -> int:
+    """How many model actors: one per GPU share where GPUs are used, else one per core; never more than parts."""
+    most = int(gpus / num_gpus) if num_gpus else cpus
     return max(1, min(most, parts))
 
 
@@ -184,10 +184,10 @@ def _run(
                 batch_format="pyarrow",
                 concurrency=None if workers.grows else min(cluster.cpus(), len(tasks)),
                 max_retries=RETRIES,
+                **_asked(workers.decode),
             )
             .map_batches(
                 _Actor,
-                **_asked(workers.decode),
                 fn_constructor_args=(model, dict(model_arguments)),
                 batch_size=None,
                 batch_format="pyarrow",
@@ -212,15 +212,15 @@ def _run(
         raise _translated(error) from error
 
 
-def _decode_part(batch: pa.Table, decode: Callable[[Any, Any], Decoded], shared: Any) -> pa.Table:
-    """One part: its task to its arrays, packed so that the actor reads them in place."""
-    (name,), (task,) = batch["name"].to_pylist(), batch["task"].to_pylist()
 def _asked(demand: Demand) -> dict[str, Any]:
     """A demand as Ray Data takes it."""
     asked = {"num_cpus": demand.num_cpus, "num_gpus": demand.num_gpus or None, "memory": demand.memory_bytes}
     return {k: v for k, v in asked.items() if v is not None} | ({"resources": demand.custom} if demand.custom else {})
 
 
+def _decode_part(batch: pa.Table, decode: Callable[[Any, Any], Decoded], shared: Any) -> pa.Table:
+    """One part: its task to its arrays, packed so that the actor reads them in place."""
+    (name,), (task,) = batch["name"].to_pylist(), batch["task"].to_pylist()
     try:
         return pack(name, decode(pickle.loads(task), _fetched(shared)))
     except UserError as error:
@@ -322,10 +322,10 @@ def _translated(error: BaseException) -> BaseException:
         ray.exceptions.NodeDiedError,
         ray.exceptions.ObjectLostError,
     )
+    deaths = (*passing, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
     chain: list[BaseException] = []
     queue: list[BaseException | None] = [error]
     while queue:
-    deaths = (*passing, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
         one = queue.pop(0)
         if one is not None and one not in chain:
             chain.append(one)
