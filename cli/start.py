@@ -184,15 +184,25 @@ def _plan(
     print_result(planned.document(), lines, as_json)
 
 
-def status(run: Annotated[str, typer.Argument(help="the run directory")], as_json: session.JsonOption = False) -> None:
-    """Show how far a run is: stages, rows, failures by reason, times, bytes.
+def status(
+    run: Annotated[str, typer.Argument(help="the run directory")],
+    verify: Annotated[bool, typer.Option("--verify", help="read every file and compare its checksum")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="with --verify: let the next `curate run` make damaged parts again")
+    ] = False,
+    as_json: session.JsonOption = False,
+) -> None:
+    """Show how far a run is: stages, rows, failures by reason, times, bytes; with --verify whether every file is whole.
 
-    Example: curate status runs/first
+    Example: curate status runs/first --verify
     """
 
     def call() -> None:
         from pipelines import status as looking
 
+        if verify or repair:
+            _verify(run, repair, as_json)
+            return
         found = looking.status(run)
         table = _table("stage", "state", "generations", "parts", "rows", "time", "on disk")
         for stage in found.stages:
@@ -216,6 +226,23 @@ def status(run: Annotated[str, typer.Argument(help="the run directory")], as_jso
         print_result(found.document(), lines, as_json)
 
     handle_errors(call)
+
+
+def _verify(run: str, repair: bool, as_json: bool) -> None:
+    """Prints what is damaged. Ends with exit code 1 if anything was, also where it is taken out to be made again."""
+    from pipelines import repair as checking
+
+    found = checking.verify(run)
+    stages = checking.repair(run, found.damaged) if repair and found.damaged else []
+    lines = [f"{damage.path}: {damage.reason}" for damage in found.damaged]
+    lines.append(f"{run}: {found.files:,} files, {_bytes(found.bytes)} read, {len(found.damaged):,} damaged")
+    if stages:
+        lines.append(f"taken out of {', '.join(stages)}: run the same `curate run` again to make them anew")
+    elif found.damaged:
+        lines.append("`--repair` takes them out, and the next `curate run` makes them again")
+    print_result(dataclasses.asdict(found) | {"repaired": stages}, lines, as_json)
+    if found.damaged:
+        raise typer.Exit(1)
 
 
 def doctor(

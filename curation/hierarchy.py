@@ -5,15 +5,13 @@ spread them evenly over what the data supports. Resampling re-runs the k-means o
 nearest each of its centroids, so that big clusters do not decide where the next centroids go.
 """
 
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet, storage
 from curation.clusters import ArrayPoints, KMeans, Points, Watch, kmeans, nearest_members
 from curation.errors import UserError
 from curation.schemas import centroids_schema, clusters_schema
@@ -193,7 +191,7 @@ def read_hierarchy(folder: str) -> tuple[Hierarchy, list[np.ndarray], str | None
     model: str | None = None
     for path in paths:
         try:
-            table = pq.read_table(io.BytesIO(storage.read_bytes(path)))
+            table = parquet.read_table(path)
             flat = table["centroid"].combine_chunks().flatten().to_numpy()
             centroids.append(np.ascontiguousarray(flat.reshape(table.num_rows, -1), dtype=np.float32))
             parents.append(table["parent"].fill_null(-1).to_numpy().astype(np.int32))

@@ -11,11 +11,17 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from curation import object_store
 from curation.errors import UserError
 
 
 def filesystem(path: str) -> tuple[Any, str]:
-    """The fsspec filesystem of a path or URL, and the path inside it."""
+    """The fsspec filesystem of a path or URL, and the path inside it.
+
+    That of an object store is a `curation.object_store.Store`: its failures are UserErrors, but for what is missing.
+    """
+    if not is_local(path):
+        return object_store.connect(path)
     fs, inner = fsspec.core.url_to_fs(path)
     return fs, str(inner)
 
@@ -36,10 +42,18 @@ def exists(path: str) -> bool:
     return bool(fs.exists(inner))
 
 
+def size(path: str) -> int | None:
+    """Bytes of a file; None where there is none."""
+    fs, inner = filesystem(path)
+    try:
+        return int(fs.size(inner))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
 def list_files(folder: str, suffix: str) -> list[str]:
     """Whole paths of the files directly in `folder` that end in `suffix`, in name order; [] without the folder."""
     fs, inner = filesystem(folder)
-    fs.invalidate_cache()
     try:
         names = fs.ls(inner, detail=False)
     except (FileNotFoundError, NotADirectoryError):
@@ -94,6 +108,17 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def digest(path: str, piece_bytes: int = 8 << 20) -> tuple[int, str]:
+    """(bytes, hex sha256) of a file, read in pieces of `piece_bytes`."""
+    fs, inner = filesystem(path)
+    total, running = 0, hashlib.sha256()
+    with fs.open(inner, "rb", **({} if is_local(path) else {"block_size": piece_bytes})) as file:
+        while piece := file.read(piece_bytes):
+            total += len(piece)
+            running.update(piece)
+    return total, running.hexdigest()
+
+
 def table_bytes(table: pa.Table, metadata: dict[str, str] | None = None) -> bytes:
     """A table as the bytes of a Parquet file; equal tables give equal bytes.
 
@@ -114,5 +139,6 @@ def table_bytes(table: pa.Table, metadata: dict[str, str] | None = None) -> byte
         use_dictionary=[] if vectors else others,  # type: ignore[arg-type]
         write_statistics=[n for n in others if not pa.types.is_nested(table.schema.field(n).type)],  # type: ignore[arg-type]
         row_group_size=1 << 16,
+        write_page_checksum=True,
     )
     return sink.getvalue()

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet, storage
 from curation.errors import UserError
 from curation.halves import squared_lengths
 from curation.schemas import embeddings_schema
@@ -63,7 +62,7 @@ class VectorSet:
 
     def all_ids(self) -> np.ndarray:
         """(rows,) uint64, in dense row order."""
-        parts = [_ids(pq.read_table(_open(p.path), columns=["image_id"]), p.path) for p in self.partitions]
+        parts = [_ids(parquet.read_table(p.path, ["image_id"]), p.path) for p in self.partitions]
         return np.concatenate(parts) if parts else np.empty(0, np.uint64)
 
 
@@ -138,7 +137,7 @@ def read_vectors(
     try:
         columns = ["image_id", "embedding"]
         # Not `read_table`: its threads and buffers cost as much again as the decoding.
-        file = pq.ParquetFile(_open(path))
+        file = parquet.open_file(path)
         groups = range(file.num_row_groups) if row_groups is None else row_groups
         if first is None:
             table = file.read_row_groups(list(groups), columns=columns, use_threads=False)
@@ -222,7 +221,7 @@ def open_parquet(path: str) -> pa.NativeFile | str:
 
 def _describe(path: str) -> tuple[int, int, str, str | None]:
     try:
-        file = pq.ParquetFile(_open(path))
+        file = parquet.open_file(path)
     except (OSError, pa.ArrowInvalid) as error:
         raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
     schema = file.schema_arrow

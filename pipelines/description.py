@@ -37,12 +37,7 @@ def current_generations(run: RunDirectory, stage: str) -> list[Generation]:
 
 def stage_names(run: RunDirectory) -> list[str]:
     """Stages that have a folder in the run, embeddings by model (`embed/MODEL`), by name."""
-    fs, root = storage.filesystem(run.root)
-    fs.invalidate_cache()
-    found = [
-        p for pattern in ("*/_stage.json", "embed/*/_stage.json") for p in fs.glob(f"{root.rstrip('/')}/{pattern}")
-    ]
-    return sorted(p.removesuffix("/_stage.json").removeprefix(root.rstrip("/") + "/") for p in found)
+    return run.begun()
 
 
 def source_of(path: str) -> Any:

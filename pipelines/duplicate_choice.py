@@ -9,15 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet, storage
 from curation.duplicates import components, medoid, split
 from curation.duplicates.forest import EDGE
 from curation.duplicates.members import Members
 from curation.duplicates.scratch import Scratch
 from curation.duplicates.tasks import Spread
-from curation.vectors import open_parquet
 from pipelines.duplicate_forests import StoredForest
 from pipelines.duplicate_forgotten import apart
 from pipelines.run_directory import Generation
@@ -125,7 +123,7 @@ def earlier_images(earlier: Iterable[Generation], ids: np.ndarray, reasons: Sequ
     if not len(ids):
         return found
     for path in (path for generation in earlier for path in generation.part_paths):
-        table = pq.read_table(open_parquet(path), columns=["image_id", "reason"])
+        table = parquet.read_table(path, ["image_id", "reason"])
         reason = table["reason"].to_numpy(zero_copy_only=False)
         mine = table["image_id"].to_numpy()[np.isin(reason, reasons)]
         at = np.minimum(np.searchsorted(ids, mine), len(ids) - 1)

@@ -12,16 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import pyarrow.parquet as pq
-
-from curation import storage
+from curation import parquet, storage
 from curation.duplicates import join
 from curation.duplicates.forest import ForestMerger, Nodes, chunked, from_table, to_table
 from curation.duplicates.kept import SUFFIX, Kept
 from curation.duplicates.members import Members
 from curation.duplicates.scratch import Scratch
 from curation.duplicates.tasks import JoinOptions, Spread
-from curation.vectors import open_parquet
 from pipelines import cluster
 from pipelines.context import Context, MadeOtherwiseError
 from pipelines.run_directory import Generation, RunDirectory, StageDirectory
@@ -49,7 +46,7 @@ class StoredForest:
 
     def __iter__(self) -> Iterator["np.ndarray"]:
         for path in self.paths:
-            yield from_table(pq.read_table(open_parquet(path)), self.nodes)
+            yield from_table(parquet.read_table(path), self.nodes)
 
 
 @dataclass

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation import vectors
+from curation import parquet, vectors
 from curation.duplicates.members import Members, Piece, bundled, file_pieces, rank
 from curation.errors import UserError
 from curation.vectors import VectorSet
@@ -333,7 +333,7 @@ def _column(path: str, name: str) -> pa.ChunkedArray:
     names = pq.read_schema(vectors.open_parquet(path)).names
     if name not in names:
         raise UserError(f"representative: {path} has no column `{name}` (it has {', '.join(names)})")
-    return pq.read_table(vectors.open_parquet(path), columns=[name])[name]
+    return parquet.read_table(path, [name])[name]
 
 
 def _known_columns(path: str, wanted: Sequence[str]) -> list[str]:

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from curation import parquet
 from curation.blocklist import REASON
 from curation.duplicates.forest import NOBODY
 from curation.duplicates.scratch import Reader, Scratch
 from curation.hidden import is_hidden
 from curation.schemas import DUPLICATES
-from curation.vectors import open_parquet
 from pipelines.duplicate_inputs import InputPart, copy_reason
 from pipelines.image_parts import read_images, role
 from pipelines.run_directory import PartRecord, PartWriter
@@ -47,7 +46,7 @@ def _rows(part: InputPart, exempt: frozenset[str]) -> tuple[np.ndarray, np.ndarr
     """((n,) ids, (n,) kind: pool, seed, exact or hash)."""
     if part.images is None:
         assert part.vectors is not None
-        ids = pq.read_table(open_parquet(part.vectors), columns=["image_id"])["image_id"].to_numpy()
+        ids = parquet.read_table(part.vectors, ["image_id"])["image_id"].to_numpy()
         return ids, np.full(len(ids), "pool", object)
     table = read_images(part.images, ["image_id", "source", "status", "error", "duplicate_of"])
     kinds: list[str | None] = []

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation import storage, vectors
+from curation import parquet, storage, vectors
 from curation.errors import UserError
 from curation.order import hash_keys
 from curation.vectors import VectorSet
@@ -35,10 +35,7 @@ def stage_of(context: Context, model: str | None) -> str:
     """`embed/FOLDER` of the model asked for; else of the first of the run's embed.models, or of the only one there."""
     from embeddings.models.registry import slug
 
-    fs, inner = storage.filesystem(context.run.path("embed"))
-    there = (
-        sorted(name.rstrip("/").rsplit("/", 1)[-1] for name in fs.ls(inner, detail=False)) if fs.exists(inner) else []
-    )
+    there = [name.removeprefix("embed/") for name in context.run.begun() if name.startswith("embed/")]
     if model is not None:
         if slug(model) not in there:
             known = f"there is {', '.join(there)}" if there else "there are none"
@@ -194,9 +191,7 @@ def remove_scratch(generation: Generation) -> None:
 
 def read_columns(path: str, columns: list[str]) -> list[np.ndarray]:
     """Columns of a Parquet file; nothing else of it is read."""
-    fs, inner = storage.filesystem(path)
-    with fs.open(inner, "rb") as file:
-        table = pq.read_table(file, columns=columns)
+    table = parquet.read_table(path, columns)
     return [table[name].to_numpy() for name in columns]
 
 

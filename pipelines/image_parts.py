@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet
 from curation.schemas import IMAGES
 from pipelines.context import Context
 from pipelines.run_directory import Generation
@@ -37,7 +36,7 @@ def input_parts(context: Context, generation: Generation) -> list[Part]:
 def read_images(path: str, columns: Sequence[str] | None = None) -> pa.Table:
     """A part of an `IMAGES` table, its columns of the types of the schema."""
     names = list(columns) if columns is not None else IMAGES.names
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(path)), columns=names).select(names)
+    table = parquet.read_table(path, names)
     return table.cast(pa.schema([IMAGES.field(name) for name in names]))
 
 

@@ -1,9 +1,12 @@
 """One driver per run directory: a second one is refused, a dead one does not block.
 
 On a disk the lock is the kernel's (`flock` on RUN/.lock): it goes with the process, however that ends. An
-object store has no such thing: there RUN/.lock is an object that its holder renews, and that counts as
-left behind when it has not been renewed for `STALE_S`. Limit: two drivers that start on an object store
-within the same second may both believe they hold it; what parts they write is equal, only work is lost.
+object store has no such thing: there RUN/.lock is an object that its holder renews, put only under the condition that
+it still is the object seen before (If-None-Match, If-Match), so that of two who reach for it one gets it.
+Whoever has not renewed for `STALE_S` is dead. The store's clock alone says how old a lock is: those of machines do not
+enter. A holder that was asleep and lost its lock is told so before it marks
+anything finished (`confirm`). Limit: a store that knows no conditional put may let two drivers in that start within
+the same second; what parts they write is equal, only work is lost.
 """
 
 import json
@@ -14,7 +17,8 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from curation import storage
@@ -27,6 +31,7 @@ STALE_S = 180.0
 @dataclass
 class _Held:
     release: Callable[[], None]
+    lost: threading.Event = field(default_factory=threading.Event)
     count: int = 1
 
 
@@ -50,7 +55,7 @@ def acquire(root: str) -> None:
     if path in _held:
         _held[path].count += 1
         return
-    _held[path] = _Held(_lock_file(path) if storage.is_local(path) else _lock_object(path))
+    _held[path] = _Held(_lock_file(path)) if storage.is_local(path) else _lock_object(path)
 
 
 def release(root: str) -> None:
@@ -63,6 +68,17 @@ def release(root: str) -> None:
     if held.count == 0:
         del _held[path]
         held.release()
+
+
+def confirm(root: str) -> None:
+    """Raises UserError (exit code 1) if this process held the lock and another driver has taken it over since."""
+    held = _held.get(storage.join(root, ".lock"))
+    if held is not None and held.lost.is_set():
+        raise UserError(
+            f"{root} was taken over by {_who(holder(root))}: this process had not been heard of for "
+            f"{STALE_S:.0f} s and stops here; its finished parts are kept",
+            exit_code=1,
+        )
 
 
 def holder(root: str) -> dict[str, Any]:
@@ -80,17 +96,9 @@ def is_held(root: str) -> bool:
     found = holder(root)
     if not found:
         return False
-    if not storage.is_local(path):
-        return time.time() - float(found.get("renewed", 0)) < STALE_S
-    if found.get("host") != socket.gethostname():
-        return True
-    try:
-        os.kill(int(found["pid"]), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    if storage.is_local(path):
+        return _is_locked(storage.filesystem(path)[1])
+    return not _is_dead(path, found)
 
 
 def _lock_file(path: str) -> Callable[[], None]:
@@ -105,7 +113,7 @@ def _lock_file(path: str) -> Callable[[], None]:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.ftruncate(file, 0)
-        os.write(file, _document(uuid.uuid4().hex))
+        os.write(file, _document(uuid.uuid4().hex, _now()))
     except BlockingIOError:
         os.close(file)
         raise _refusal(path) from None
@@ -120,41 +128,123 @@ def _lock_file(path: str) -> Callable[[], None]:
     return let_go
 
 
-def _lock_object(path: str) -> Callable[[], None]:
-    root = path.removesuffix("/.lock")
-    found = holder(root)
-    if found and time.time() - float(found.get("renewed", 0)) < STALE_S:
-        raise _refusal(path)
-    token = uuid.uuid4().hex
-    storage.write_whole(path, _document(token))
-    if holder(root).get("token") != token:
-        raise _refusal(path)
-    stop = threading.Event()
+def _is_locked(inner: str) -> bool:
+    import fcntl
 
-    def renew() -> None:
+    try:
+        file = os.open(inner, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(file)
+    return False
+
+
+def _lock_object(path: str) -> _Held:
+    fs, inner = storage.filesystem(path)
+    token, since = uuid.uuid4().hex, _now()
+    seen, found = _look(path)
+    if found and not _is_dead(path, found):
+        raise _refusal(path)
+
+    def put(etag: str | None) -> str | None:
+        """The etag of the lock as put now; None: another driver has it."""
+        answered = fs.put_if(inner, _document(token, since), etag)
+        # Looked at again, whatever was answered: a put may have been done although its answer was lost.
+        now, what = _look(path)
+        return (answered or now) if what.get("token") == token else None
+
+    mine = put(seen)
+    if mine is None:
+        raise _refusal(path)
+    stop, held = threading.Event(), _Held(lambda: None)
+
+    def renew(etag: str | None) -> None:
         while not stop.wait(RENEW_S):
-            storage.write_whole(path, _document(token))
+            try:
+                etag = put(etag)
+            except (UserError, OSError):
+                continue  # the store is away; if that lasts, another driver may take over, and the etag says so
+            if etag is None:
+                held.lost.set()
+                return
 
-    threading.Thread(target=renew, daemon=True, name="run-lock").start()
+    threading.Thread(target=renew, args=(mine,), daemon=True, name="run-lock").start()
 
     def let_go() -> None:
         stop.set()
-        fs, inner = storage.filesystem(path)
-        if holder(root).get("token") == token:
+        if _look(path)[1].get("token") == token:
             fs.rm(inner)
 
-    return let_go
+    held.release = let_go
+    return held
 
 
-def _document(token: str) -> bytes:
-    now = time.time()
-    since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now))
-    entry = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "renewed": now, "token": token}
+def _look(path: str) -> tuple[str | None, dict[str, Any]]:
+    """The lock object's etag (None: there is none; "" where the store has none) and what it says."""
+    fs, inner = storage.filesystem(path)
+    try:
+        before = str(fs.info(inner).get("ETag", ""))
+        found = json.loads(fs.cat_file(inner))
+    except FileNotFoundError:
+        return None, {}
+    except ValueError:
+        return before, {}
+    return before, found if isinstance(found, dict) else {}
+
+
+def _is_dead(path: str, found: dict[str, Any]) -> bool:
+    if _ended_here(found):
+        return True
+    fs, inner = storage.filesystem(path)
+    try:
+        age_s: float | None = fs.age_s(inner)
+    except FileNotFoundError:
+        return True
+    return bool(age_s is not None and age_s >= STALE_S)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+
+
+def _document(token: str, since: str) -> bytes:
+    entry = {"pid": os.getpid(), "host": socket.gethostname(), "since": since, "token": token, "life": _life()}
+    entry["renewal"] = uuid.uuid4().hex  # equal bytes would have equal etags
     return (json.dumps(entry) + "\n").encode()
+
+
+def _life(pid: int | None = None) -> str | None:
+    """What no other process of any machine has: its start, where its number counts, since which boot. None: unknown."""
+    try:
+        state, *_ = fields = Path(f"/proc/{pid or 'self'}/stat").read_text().rpartition(")")[2].split()
+        started = "ended" if state in "ZX" else fields[19]
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{started} {os.readlink('/proc/self/ns/pid')} {boot}"
+    except (OSError, IndexError):
+        return None
+
+
+def _ended_here(found: dict[str, Any]) -> bool:
+    """Whether the holder was a process of this very machine, and is no more."""
+    here, theirs = _life(), found.get("life")
+    if here is None or theirs is None or here.split(" ")[1:] != str(theirs).split(" ")[1:]:
+        return False
+    return _life(int(found["pid"])) != theirs
 
 
 def _refusal(path: str) -> UserError:
     root = path.removesuffix("/.lock")
-    found = holder(root)
-    who = f"process {found['pid']} on {found['host']} since {found['since']}" if found else "another process"
-    return UserError(f"{root} is being worked on by {who}: wait for it to end, or stop it first", exit_code=1)
+    return UserError(
+        f"{root} is being worked on by {_who(holder(root))}: wait for it to end, or stop it first"
+        + ("" if storage.is_local(path) else f" (a driver that died elsewhere is let go of after {STALE_S:.0f} s)"),
+        exit_code=1,
+    )
+
+
+def _who(found: dict[str, Any]) -> str:
+    return f"process {found['pid']} on {found['host']} since {found['since']}" if found else "another process"

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet, storage
 from pipelines.run_directory import Generation
 
 PARTS_PER_PIECE = 100
@@ -39,9 +39,8 @@ class PieceTask:
 
     def read(self) -> pa.Table:
         """Its rows, of `PIECE`."""
-        fs, inner = storage.filesystem(self.path)
-        with fs.open(inner, "rb") as file:
-            return pq.ParquetFile(file).read_row_group(self.row_group)
+        with parquet.open_file(self.path) as file, parquet.named(self.path):
+            return file.read_row_group(self.row_group)
 
 
 def write_pieces(generation: Generation, number: int, tables: Iterable[pa.Table], rows_per_part: int) -> int:
@@ -116,7 +115,7 @@ def _cut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 def _write(generation: Generation, number: int, piece: int, parts: Sequence[pa.Table]) -> None:
     sink = io.BytesIO()
-    with pq.ParquetWriter(sink, PIECE, compression="zstd") as writer:
+    with pq.ParquetWriter(sink, PIECE, compression="zstd", write_page_checksum=True) as writer:
         for part in parts:
             writer.write_table(part, row_group_size=part.num_rows)
     storage.write_whole(_path(generation, number, piece), sink.getvalue())

@@ -1,13 +1,15 @@
 """The run directory: RUN/<stage>/gen-0000/part-*.parquet and what is known about each part.
 
 A part appears whole or not at all; its Parquet footer names the fingerprint it was made under and the
-side files written before it, so that an interrupted stage finds its finished parts without a journal.
-`_stage.json` lists, per generation, the fingerprint, the inputs and each part's rows, bytes and sha256.
+side files written before it, so that an interrupted stage finds its finished parts whatever else is lost.
+`_stage.json` lists, per generation, the fingerprint, the inputs and each part's rows, bytes and sha256; it is written
+now and then while a stage is under way, so that of a billion rows only the last parts have to be read again.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -20,6 +22,7 @@ from curation.errors import UserError
 FINGERPRINT_KEY = b"curate.fingerprint"
 FILES_KEY = b"curate.files"
 COUNTS_KEY = b"curate.counts"
+LOOKS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -111,24 +114,29 @@ class PartWriter:
         return storage.join(self.directory, f"{name}.parquet")
 
     def find(self, name: str) -> PartRecord | None:
-        """The record of a part that an interrupted attempt finished, None if it is not there.
-
-        A part of another fingerprint, or one that cannot be read, counts as not there.
-        """
+        """The part, if it is there, was made under this fingerprint, and is with its side files what was written."""
         path = self.path(name)
         try:
             data = storage.read_bytes(path)
-            file = pq.ParquetFile(pa.BufferReader(data))
+            file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+            metadata = file.schema_arrow.metadata or {}
+            if metadata.get(FINGERPRINT_KEY, b"").decode() != self.fingerprint:
+                return None
+            for group in range(file.num_row_groups):
+                file.read_row_group(group, use_threads=False)
+            files = json.loads(metadata.get(FILES_KEY, b"{}"))
+            for relative, record in files.items():
+                if storage.sha256(storage.read_bytes(storage.join(self.directory, relative))) != record["sha256"]:
+                    return None
         except (OSError, pa.ArrowInvalid):
-            return None
-        metadata = file.schema_arrow.metadata or {}
-        if metadata.get(FINGERPRINT_KEY, b"").decode() != self.fingerprint:
-            return None
-        files = json.loads(metadata.get(FILES_KEY, b"{}"))
-        if not all(storage.exists(storage.join(self.directory, relative)) for relative in files):
             return None
         counts = json.loads(metadata.get(COUNTS_KEY, b"{}"))
         return PartRecord(name, file.metadata.num_rows, len(data), storage.sha256(data), files, counts)
+
+    def is_there(self, record: PartRecord) -> bool:
+        """Whether a part that `_stage.json` knows has its size, and so have its side files; nothing is read."""
+        sizes = {f"{record.name}.parquet": record.bytes} | {k: int(v["bytes"]) for k, v in record.files.items()}
+        return all(storage.size(storage.join(self.directory, name)) == size for name, size in sizes.items())
 
 
 @dataclass
@@ -164,6 +172,19 @@ class Generation:
     def part_paths(self) -> list[str]:
         """Paths of the parts, in name order."""
         return [self.writer.path(part.name) for part in self.parts]
+
+    def find(self, names: Iterable[str]) -> dict[str, PartRecord]:
+        """Those of these parts that are finished: by `_stage.json`, or by what they say themselves."""
+        known = {part.name: part for part in self.parts}
+
+        def look(name: str) -> PartRecord | None:
+            record = known.get(name)
+            return record if record is not None and self.writer.is_there(record) else self.writer.find(name)
+
+        wanted = list(names)
+        with ThreadPoolExecutor(LOOKS_AT_ONCE) as pool:
+            found = zip(wanted, pool.map(look, wanted), strict=True)
+            return {name: record for name, record in found if record is not None}
 
     def put_file(self, relative: str, data: bytes) -> None:
         """Write a file that belongs to the whole generation (centroids, a fitted model)."""
@@ -226,6 +247,8 @@ class StageDirectory:
         """Remove every generation (`--rebuild`). In a flat folder only our own files are removed."""
         fs, inner = storage.filesystem(self.directory)
         if not self.flat:
+            if storage.exists(self._path):  # by its name: a listing may not show it yet
+                fs.rm(storage.filesystem(self._path)[1])
             if fs.exists(inner):
                 fs.rm(inner, recursive=True)
             return
@@ -318,7 +341,30 @@ class RunDirectory:
         return location if "://" in location or location.startswith("/") else self.path(location)
 
     def exists(self) -> bool:
-        return storage.exists(self.root)
+        """Whether there is anything: by names that every run has, for a listing may not show what is new."""
+        return any(storage.exists(path) for path in (self.root, self.path("run.yaml"), self.path("sources.json")))
+
+    def begun(self) -> list[str]:
+        """Names of the stages that have a folder, embeddings by model (`embed/MODEL`), in order.
+
+        Listed, and on an object store, where a listing may lag, also read from RUN/stages.json.
+        """
+        fs, root = storage.filesystem(self.root)
+        root = root.rstrip("/")
+        listed = [p for pattern in ("*/_stage.json", "embed/*/_stage.json") for p in fs.glob(f"{root}/{pattern}")]
+        names = {str(p).removesuffix("/_stage.json").removeprefix(root + "/") for p in listed}
+        return sorted(name for name in names | self._noted() if storage.exists(self.path(name, "_stage.json")))
+
+    def note(self, stage: str) -> None:
+        """Say on an object store that a stage is about to have a folder."""
+        noted = self._noted()
+        if not storage.is_local(self.root) and stage not in noted:
+            data = json.dumps(sorted(noted | {stage}), indent=1) + "\n"
+            storage.write_whole(self.path("stages.json"), data.encode())
+
+    def _noted(self) -> set[str]:
+        path = self.path("stages.json")
+        return set(json.loads(storage.read_bytes(path))) if storage.exists(path) else set()
 
     def sources(self) -> list[Source]:
         """Registered sources, by number."""

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet, storage
 from curation.errors import UserError
 from pipelines import catalog, lock
 from pipelines.run_directory import FINGERPRINT_KEY, Generation, RunDirectory
@@ -80,7 +80,7 @@ def status(root: str) -> RunStatus:
     if not run.exists():
         raise UserError(f"{root}: no such run directory")
     fs, inner = storage.filesystem(root)
-    if not fs.isdir(inner):
+    if fs.isfile(inner):
         raise UserError(f"{root}: a file, where a run directory is expected")
     stages = [
         look(run, folder) for stage in catalog.STAGES for pattern in stage.folders for folder in folders(run, pattern)
@@ -97,12 +97,7 @@ def folders(run: RunDirectory, pattern: str) -> list[str]:
     if not pattern.endswith("/*"):
         return [pattern]
     parent = pattern.removesuffix("/*")
-    fs, inner = storage.filesystem(run.path(parent))
-    try:
-        found = sorted(str(path).rstrip("/").rsplit("/", 1)[-1] for path in fs.ls(inner, detail=False))
-    except (FileNotFoundError, NotADirectoryError):
-        found = []
-    return [f"{parent}/{name}" for name in found if not name.startswith(".")] or [pattern]
+    return [name for name in run.begun() if name.startswith(f"{parent}/")] or [pattern]
 
 
 def look(run: RunDirectory, folder: str) -> StageStatus:
@@ -178,9 +173,7 @@ def _failures(generations: list[Generation]) -> dict[str, int]:
 
 
 def _reasons_in(path: str) -> Counter[str]:
-    fs, inner = storage.filesystem(path)
-    with fs.open(inner, "rb") as file:
-        table = pq.read_table(file, columns=["status", "error"])
+    table = parquet.read_table(path, ["status", "error"])
     counts: Counter[str] = Counter()
     for entry in table.group_by(["status", "error"]).aggregate([([], "count_all")]).to_pylist():
         if entry["status"] != "ok":

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
 
-from curation import storage
+from curation import parquet, storage
 from curation.errors import UserError
 from curation.locations import read_ranges
 from curation.schemas import ID
@@ -193,9 +193,9 @@ def prepare_part(part: Part, reading: Reading) -> dict[str, Any]:
 
 def rows_to_embed(part: Part) -> pa.Table:
     """The rows of a table of images that get a vector: status ok, no reference image, not discarded by dedup."""
-    data = storage.read_bytes(part.path)
-    there = pq.read_schema(io.BytesIO(data)).names
-    table = pq.read_table(io.BytesIO(data), columns=[name for name in COLUMNS if name in there])
+    with parquet.open_file(part.path) as file, parquet.named(part.path):
+        there = file.schema_arrow.names
+        table = file.read(columns=[name for name in COLUMNS if name in there], use_threads=False)
     if "status" in there:
         table = table.filter(pc.equal(table["status"], "ok"))
     if "source" in there:
@@ -203,7 +203,7 @@ def rows_to_embed(part: Part) -> pa.Table:
             pa.array([role(source) != "reference" for source in table["source"].to_pylist()], pa.bool_())
         )
     for path in part.decisions:
-        decisions = pq.read_table(io.BytesIO(storage.read_bytes(path)), columns=["image_id", "kept"])
+        decisions = parquet.read_table(path, ["image_id", "kept"])
         discarded = decisions.filter(pc.invert(decisions["kept"]))["image_id"]
         table = table.filter(pc.invert(pc.is_in(table["image_id"], value_set=discarded.combine_chunks())))
     return table

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation import hidden, storage
+from curation import hidden, parquet, storage
 from curation.audit import tables
 from curation.audit.scans import id_range, stream
 from curation.errors import UserError
@@ -109,9 +109,7 @@ def _footers(paths: Sequence[str], _shared: Any) -> dict[str, tuple[int, int, in
     """Smallest id, largest id and rows of each file, by its footer."""
     found = {}
     for path in paths:
-        file = pq.ParquetFile(
-            storage.filesystem(path)[1] if storage.is_local(path) else pa.BufferReader(storage.read_bytes(path))
-        )
+        file = parquet.open_file(path)
         low, high = id_range(file)
         rows = file.metadata.num_rows
         found[path] = (0 if low is None else low, ID_END - 1 if high is None else high, rows)

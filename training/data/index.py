@@ -96,7 +96,7 @@ def part_tables(listing: Listing, columns: list[str]) -> Iterator[pa.Table]:
         fs, inner = storage.filesystem(path)
         try:
             with fs.open(inner, "rb") as file:
-                parquet = pq.ParquetFile(file, read_dictionary=["shard"])
+                parquet = pq.ParquetFile(file, read_dictionary=["shard"], page_checksum_verification=True)
                 names = parquet.schema_arrow.names
                 missing = [name for name in columns if name not in names and name != "weight"]
                 if missing:

@@ -1,0 +1,64 @@
+"""Parquet parts read with their checksums: each page carries a CRC-32, looked at whenever the page is read.
+
+So a byte that changed on a disk or on the way is found by whichever stage reads it, at the cost of one pass
+over bytes that are in memory anyway. On an object store only the ranges that are needed are fetched.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from curation import storage
+from curation.errors import UserError
+
+
+class DamagedError(UserError):
+    """A file that is not what was written. exit_code 1."""
+
+
+def open_file(path: str, **options: Any) -> pq.ParquetFile:
+    """A Parquet file whose pages are checked as they are read. options: as for `pyarrow.parquet.ParquetFile`.
+
+    Raises DamagedError for a file without a readable footer, FileNotFoundError.
+    """
+    fs, inner = storage.filesystem(path)
+    source: Any = inner
+    if not storage.is_local(path):
+        source = fs.open(inner, "rb", cache_type="none")
+        options.setdefault("pre_buffer", True)  # the ranges of columns side by side, not one after the other
+    with named(path):
+        return pq.ParquetFile(source, page_checksum_verification=True, **options)
+
+
+def read_table(path: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table, or the named columns of it in that order. Raises DamagedError, FileNotFoundError."""
+    with open_file(path) as file, named(path):
+        names = list(columns) if columns is not None else None
+        table = file.read(columns=names, use_threads=False)
+        return table if names is None else table.select(names)
+
+
+@contextmanager
+def named(path: str) -> Iterator[None]:
+    """What Arrow says of damaged bytes, as one sentence about `path`."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowInvalid) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: str, error: Exception) -> DamagedError:
+    """The sentence for a file that is not what was written."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if "CRC" in reason:
+        reason = "bytes have changed since it was written"
+    return DamagedError(
+        f"{path}: not a readable Parquet file ({reason}); if it is of a run, `curate status RUN --verify` names all "
+        "that is damaged there, and --repair lets the next `curate run` make it again",
+        exit_code=1,
+    )
