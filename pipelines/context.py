@@ -22,9 +22,12 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, field_
 
 from curation import device, storage
 from curation.errors import UserError
-from pipelines import catalog, cluster
+from pipelines import catalog, cluster, lock
 from pipelines.events import Events
 from pipelines.run_directory import Fingerprint, Generation, PartRecord, PartWriter, RunDirectory, StageDirectory
+
+SAVE_S = 30.0
+"""How often a stage under way says in `_stage.json` which parts it has finished."""
 
 
 class MadeOtherwiseError(UserError):
@@ -171,6 +174,7 @@ class Context:
     out: str | None = None
     asks: StageResources = field(default_factory=lambda: StageResources())  # noqa: PLW0108 - mypy wants the call
     _started: dict[str, float] = field(default_factory=dict)
+    _due: dict[str, float] = field(default_factory=dict)
 
     def for_stage(self, name: str) -> "Context":
         """The same surroundings with what `resources.stages` says of a stage: its tasks ask for that."""
@@ -289,6 +293,7 @@ class Context:
             fingerprint=wanted,
             consumed={},
         )
+        self.run.note(name)
         directory.save(generation)
         self.events.emit("stage_start", name, generation=generation.number, resumed=False)
         return generation
@@ -311,14 +316,9 @@ class Context:
         heavy: as for `spread`.
         """
         writer = generation.writer
-        records: dict[str, PartRecord] = {}
-        missing: list[tuple[str, Any]] = []
-        for part_name, task in tasks:
-            found = writer.find(part_name)
-            if found is None:
-                missing.append((part_name, task))
-            else:
-                records[part_name] = found
+        records = generation.find(part_name for part_name, _ in tasks)
+        missing = [(part_name, task) for part_name, task in tasks if part_name not in records]
+        generation.parts = list(records.values())
         stage = generation.fingerprint.stage
         self.events.emit("parts", stage, total=len(tasks), done=len(records))
         if missing:
@@ -327,6 +327,7 @@ class Context:
                 function, calls, shared=shared, num_cpus=num_cpus, memory_bytes=memory_bytes, heavy=heavy
             ):
                 records[part_name] = record
+                self.keep(generation, record)
                 self.events.emit("part", stage, part=part_name, rows=record.rows, done=len(records), total=len(tasks))
         generation.parts = [records[part_name] for part_name, _ in tasks]
 
@@ -393,8 +394,19 @@ class Context:
         tasks = self.resources.tasks_per_gpu
         return math.floor(1e4 / tasks) / 1e4 if tasks else 0.0  # Ray counts so finely
 
+    def keep(self, generation: Generation, record: PartRecord) -> None:
+        """A part is finished. Now and then `_stage.json` is told, so that a resumed stage need not read it again."""
+        generation.parts.append(record)
+        stage, now = generation.fingerprint.stage, time.monotonic()
+        if now >= self._due.setdefault(stage, now + SAVE_S):
+            lock.confirm(self.run.root)
+            self.stage(stage).save(generation)
+            took_s = time.monotonic() - now
+            self._due[stage] = time.monotonic() + max(SAVE_S, 20 * took_s)
+
     def finish(self, generation: Generation, summary: Mapping[str, Any]) -> Outcome:
         """Mark a generation complete. summary: counts for the report; no timings, hosts or paths."""
+        lock.confirm(self.run.root)
         generation.summary = dict(summary)
         generation.complete = True
         stage = generation.fingerprint.stage
@@ -490,7 +502,8 @@ class Context:
             consumed={i: [g.number for g in generations] for i, generations in inputs.items()},
         )
         if not directory.flat:
-            directory.save(generation)
+            self.run.note(name)
+        directory.save(generation)
         self.events.emit("stage_start", name, generation=number, resumed=False)
         return generation
 

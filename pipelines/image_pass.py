@@ -58,7 +58,8 @@ def image_pass(
     UserError stops the stage.
     """
     several = [generation] if isinstance(generation, Generation) else list(generation)
-    found = {name: [g.writer.find(name) for g in several] for name, _ in tasks}
+    finished = [g.find(name for name, _ in tasks) for g in several]
+    found = {name: [records.get(name) for records in finished] for name, _ in tasks}
     records: dict[str, list[PartRecord]] = {}
     for name, candidates in found.items():
         there = [record for record in candidates if record is not None]
@@ -66,7 +67,8 @@ def image_pass(
             records[name] = there
     missing = [(name, task) for name, task in tasks if name not in records]
     extra = {"note": note} if note else {}
-    for one in several:
+    for index, one in enumerate(several):
+        one.parts = [made[index] for made in records.values()]
         context.events.emit("parts", one.fingerprint.stage, total=len(tasks), done=len(records), **extra)
     if missing:
         context.start()
@@ -76,6 +78,7 @@ def image_pass(
         for name, made in _persistently(missing, decode, shared, model, model_arguments, workers):
             records[name] = made
             for one, record in zip(several, made, strict=True):
+                context.keep(one, record)
                 context.events.emit(
                     "part",
                     one.fingerprint.stage,
