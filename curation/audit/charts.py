@@ -216,7 +216,7 @@ def before_after(before: np.ndarray, after: np.ndarray, label: str) -> Markup:
     body.append(_text(left - 6, base, "0", "label", "end"))
     body.append(_text(left, base + 20, "largest cluster of the pool", "label"))
     body.append(_text(width - 8, base + 20, f"smallest of {number(len(before))}", "label", "end"))
-    return _svg(width, height, label, body, "chart")
+    return _svg(width, height, label, body, "chart full")
 
 
 def thresholds(at: Mapping[str, int], label: str, chosen: float | None = None) -> Markup:
@@ -246,7 +246,8 @@ def thumb(sheet: str, box: tuple[int, int, int, int], size: tuple[int, int], alt
     x, y, width, height = box
     scale = min(side / width, side / height, 1.0)
     return Markup(
-        '<svg class="thumb" role="img" aria-label="{}" viewBox="{} {} {} {}" width="{:.0f}" height="{:.0f}">'
+        '<svg class="thumb" role="img" aria-label="{}" viewBox="{} {} {} {}" width="{:.0f}" height="{:.0f}" '
+        'preserveAspectRatio="xMidYMid slice">'
         '<image href="{}" width="{}" height="{}"/></svg>'
     ).format(alt, x, y, width, height, max(1, width * scale), max(1, height * scale), sheet, *size)
 

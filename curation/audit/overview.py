@@ -163,11 +163,11 @@ def _manifest(run: RunTables, card: Mapping[str, Any] | None, counts: Mapping[st
             int(is_hidden(t["image_id"].to_numpy(), run.hidden).sum()) for t in stream(run.manifest, ["image_id"])
         )
         if inside:
-            words = f"{inside:,} images of the manifest are hidden by now"
+            words = f"Images of the manifest that are hidden by now: {inside:,}"
             found.append(Finding("warning", words, "Make it again: `curate manifest`.", "index"))
     flagged = open_parts(run.manifest).count_rows(filter=pc.field("nsfw") > UNSAFE) if run.manifest else 0
     if flagged:
-        words = f"{flagged:,} images of the manifest have an NSFW score above {UNSAFE:g}"
+        words = f"Images of the manifest with an NSFW score above {UNSAFE:g}: {flagged:,}"
         found.append(Finding("notice", words, "The filter's own threshold is on its page.", "filters"))
     unnamed = [str(s["name"]) for s in run.sources if not s.get("licence")]
     if unnamed:

@@ -207,34 +207,16 @@ def _page(
     """The clusters one level below a cluster, those of the coarsest level for None: map, list, and leaves in full."""
     rows = np.arange(len(tree.paths)) if cluster is None else tree.under(level, cluster)
     below = level - 1
-    ids, group = np.unique(tree.paths[rows, below - 1], return_inverse=True)
-    sizes = np.bincount(group, weights=tree.images[rows]).astype(np.int64) if len(rows) else np.empty(0, np.int64)
-    mine = [leaves[int(c)] for c in tree.paths[rows, 0] if int(c) in leaves]
-    shown: dict[int, list[dict[str, Any]]] = {}
-    for leaf in mine:
-        at = tree.under(1, leaf["cluster"])[0]
-        shown.setdefault(int(tree.paths[at, below - 1]), []).append(leaf)
-    children: list[dict[str, Any]] = []
-    by_size = np.lexsort((ids, -sizes))
-    listed = [i for i in by_size.tolist() if int(ids[i]) in shown]
-    listed += [i for i in by_size.tolist() if int(ids[i]) not in shown][: max(0, SAMPLING.table_rows - len(listed))]
-    for i in listed:
-        child = int(ids[i])
-        drawn = tree.drawn_below(rows[group == i])
-        children.append(
-            {
-                "cluster": child,
-                "images": int(sizes[i]),
-                "drawn": drawn,
-                "entropy": measures.entropy(np.array([n for _, n in drawn])) if drawn else None,
-                "leaves": int((group == i).sum()),
-                "href": _href(below, child) if child in shown else None,
-                "pictures": _pictures(shown.get(child, []), 4),
-            }
-        )
+    children, more = _children(tree, leaves, rows, below)
+    mapped, marks = below, children
+    if cluster is None:
+        # The finest level that a map can show whole.
+        mapped = next((k for k in range(1, below) if len(np.unique(tree.paths[:, k - 1])) <= SAMPLING.map_marks), below)
+        marks = _children(tree, leaves, rows, mapped, from_above=below > 1)[0]
     parents = [] if cluster is None else [int(c) for c in tree.paths[rows[0], level - 1 :]]
-    images = [m["image_id"] for leaf in mine for m in leaf["members"]] if below == 1 else []
-    front = [child["pictures"][0] for child in children if child["pictures"]]
+    mine = [leaves[c] for c in tree.paths[rows, 0].tolist() if c in leaves] if below == 1 else []
+    images = [child["pictures"][0] for child in marks if child["pictures"]]
+    images += [i for child in children for i in child["pictures"]]
     return {
         "level": level,
         "cluster": cluster,
@@ -244,15 +226,45 @@ def _page(
         "drawn": tree.drawn_below(rows),
         "crumbs": [(k + level, c) for k, c in enumerate(parents)][::-1],
         "children": children,
-        "more_children": len(ids) - len(children),
-        "leaves": sorted(mine, key=lambda leaf: (-leaf["images"], leaf["cluster"])) if below == 1 else [],
-        "map": _map(run, below, None if cluster is None else cluster, children),
-        "images": list(dict.fromkeys([*front, *[i for c in children for i in c["pictures"]], *images])),
+        "more_children": more,
+        "leaves": sorted(mine, key=lambda leaf: (-leaf["images"], leaf["cluster"])),
+        "mapped": mapped,
+        "map": _map(run, mapped, cluster, marks),
+        "images": list(dict.fromkeys([*images, *[m["image_id"] for leaf in mine for m in leaf["members"]]])),
     }
 
 
-def _href(level: int, cluster: int) -> str:
-    return f"#c-{cluster}" if level == 1 else f"{name_of(level, cluster)}.html"
+def _children(
+    tree: Tree, leaves: Mapping[int, dict[str, Any]], rows: np.ndarray, level: int, from_above: bool = False
+) -> tuple[list[dict[str, Any]], int]:
+    """The clusters of a level that hold the leaves of these rows: those with a page first, then by size; how many
+    smaller ones are left out. from_above: their links are those of a page above their own."""
+    ids, group = np.unique(tree.paths[rows, level - 1], return_inverse=True)
+    sizes = np.bincount(group, weights=tree.images[rows]).astype(np.int64) if len(rows) else np.empty(0, np.int64)
+    shown: dict[int, list[dict[str, Any]]] = {}
+    for row in rows[np.isin(tree.paths[rows, 0], list(leaves))].tolist():
+        shown.setdefault(int(tree.paths[row, level - 1]), []).append(leaves[int(tree.paths[row, 0])])
+    by_size = np.lexsort((ids, -sizes)).tolist()
+    listed = [i for i in by_size if int(ids[i]) in shown]
+    listed += [i for i in by_size if int(ids[i]) not in shown][: max(0, SAMPLING.table_rows - len(listed))]
+    found = []
+    for i in listed:
+        child, below = int(ids[i]), rows[group == i]
+        drawn = tree.drawn_below(below)
+        page = f"{name_of(2, int(tree.paths[below[0], 1]))}.html" if from_above and tree.levels > 1 else ""
+        link = f"{page}#c-{child}" if level == 1 else f"{name_of(level, child)}.html"
+        found.append(
+            {
+                "cluster": child,
+                "images": int(sizes[i]),
+                "drawn": drawn,
+                "entropy": measures.entropy(np.array([n for _, n in drawn])) if drawn else None,
+                "leaves": len(below),
+                "href": link if child in shown else None,
+                "pictures": _pictures(shown.get(child, []), 4),
+            }
+        )
+    return found, len(ids) - len(found)
 
 
 def _pictures(leaves: Sequence[Mapping[str, Any]], count: int) -> list[int]:
@@ -283,9 +295,9 @@ def _map(
     marked = [child for child in children if child["cluster"] in at][: SAMPLING.map_marks]
     rows = np.array([at[child["cluster"]] for child in marked], np.int64)
     share = np.array([child["images"] for child in marked], float)
-    radii = 13 + 25 * np.sqrt(share / max(1.0, share.max(initial=1)))
-    radii *= min(1.0, float(np.sqrt(0.3 * width * height / max(1.0, (4 * radii**2).sum()))))
-    moved = measures.spread_out(places[rows], radii * 1.35, width, height - 14)
+    radii = 14 + 22 * np.sqrt(share / max(1.0, share.max(initial=1)))
+    radii *= min(2.2, float(np.sqrt(0.26 * width * height / max(1.0, (4 * radii**2).sum()))))
+    moved = measures.spread_out(places[rows], radii * 1.3, width, height - 14)
     marks = [
         {
             "x": float(x),

@@ -34,6 +34,7 @@ def section(run: RunTables) -> Section | None:
     images = [m["image_id"] for component in shown for m in component["members"]]
     images += [i for pair in pairs for i in (pair["image_id"], pair["nearest_id"])]
     images += [c["weakest"][end] for c in shown if c["weakest"] for end in ("low", "high")]
+    images += [i for c in shown for i in c["least_pair"] or ()]
     images += [link["image_id"] for c in shown if c["chain"] for link in c["chain"]["links"]]
     label = "Components of near-duplicates by size (heights grow with the logarithm)"
     words = f"Cosine of {charts.number(similarities.sum())} images to their nearest one, where it is stored"
@@ -108,6 +109,7 @@ def _components(run: RunTables) -> tuple[list[dict[str, Any]], list[tuple[int, i
                 "members": by_group.get(row["group"], []),
                 "weakest": weakest.get(row["group"]),
                 "least": said.get("least_similarity"),
+                "least_pair": said.get("least_similar"),
                 "far": said.get("not_above_threshold_to_representative"),
                 "chain": _chain(said),
             }
