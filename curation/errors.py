@@ -1,5 +1,7 @@
 """The one exception for what a user can cause and a user can mend."""
 
+from curation.secrets import hide
+
 
 class UserError(Exception):
     """One sentence that says what is wrong, where, and what to do. Caught once, in `cli/`.
@@ -9,7 +11,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
-        super().__init__(message)
+        super().__init__(hide(message))
         self.exit_code = exit_code
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, int]]:

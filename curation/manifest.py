@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from curation import secrets
 from curation.audit.tables import SEED_SET_FIGURES
 from curation.errors import UserError
 from curation.schemas import MANIFEST, MIX, RETRIEVAL
@@ -146,14 +147,14 @@ def range_counts(manifest: pa.Table, mix: pa.Table) -> dict[str, float]:
 
 
 def portable(value: Any) -> Any:
-    """A value of a configuration without absolute paths: of these only the last name stays."""
+    """A value of a configuration without secrets and absolute paths: of these only the last name stays."""
     if isinstance(value, Mapping):
         return {str(key): portable(inner) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):
         return [portable(inner) for inner in value]
     if isinstance(value, str) and (value.startswith(("/", "~", "file://")) or value[1:3] in (":\\", ":/")):
         return value.replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-    return value
+    return secrets.hide_all(value)
 
 
 def rows_of(table: pa.Table) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ A library's header reader is written for honest files: on hostile ones it copies
 allocates the canvas that the file claims. What is not plain here is left to the decoder's process, which may die.
 """
 
+import re
 import struct
 import zlib
 
@@ -14,10 +15,12 @@ _SHORT = 3
 _JPEG_FRAMES = (0xC0, 0xC1, 0xC2)
 _JPEG_SEGMENTS = frozenset({0xC4, 0xDB, 0xDD, 0xFE, *range(0xE0, 0xF0), *_JPEG_FRAMES})
 _XMP = b"http://ns.adobe.com/xap/1.0/\0"
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _PNG_KINDS = frozenset(
     {(d, 0) for d in (1, 2, 4, 8, 16)} | {(d, 3) for d in (1, 2, 4, 8)} | {(d, k) for d in (8, 16) for k in (2, 4, 6)}
 )
-_PNG_TEXTS = (b"XML:com.adobe.xmp", b"Raw profile type")
+_PNG_XMP = b"XML:com.adobe.xmp\0"
+_PNG_TEXTS = (_PNG_XMP, b"Raw profile type")
 """Keywords under which programs hide an orientation that a library would find."""
 
 
@@ -43,7 +46,7 @@ def plain_size(data: bytes, kind: str) -> tuple[int, int] | None:
 
 
 def _jpeg(data: bytes) -> tuple[int, int, int]:
-    place, size, orientation = 2, None, None
+    place, size, exif, xmp = 2, None, None, None
     for _ in range(_MAX_STEPS):
         mark, marker, length = struct.unpack_from(">BBH", data, place)
         if mark != 0xFF or length < 2:
@@ -51,7 +54,7 @@ def _jpeg(data: bytes) -> tuple[int, int, int]:
         if marker == 0xDA:
             if size is None:
                 raise _NotPlainError
-            return (*size, orientation or 1)
+            return (*size, _either(exif, xmp))
         if marker not in _JPEG_SEGMENTS or place + 2 + length > len(data):
             raise _NotPlainError
         if marker in _JPEG_FRAMES:
@@ -61,11 +64,11 @@ def _jpeg(data: bytes) -> tuple[int, int, int]:
             size = (width, height)
         elif marker == 0xE1:
             segment = data[place + 4 : place + 2 + length]
-            if segment.startswith(b"Exif\0\0"):
-                if orientation is not None:
-                    raise _NotPlainError
-                orientation = _orientation(segment[6:])
-            elif segment.startswith(b"Exif") or (segment.startswith(_XMP) and b"rientation" in segment):
+            if segment.startswith(b"Exif\0\0") and exif is None:
+                exif = segment[6:]
+            elif segment.startswith(_XMP) and xmp is None:
+                xmp = segment
+            elif segment.startswith((b"Exif", _XMP)):
                 raise _NotPlainError
         place += 2 + length
     raise _NotPlainError
@@ -76,18 +79,20 @@ def _png(data: bytes) -> tuple[int, int, int]:
     (checksum,) = struct.unpack_from(">I", data, 29)
     if (length, name) != (13, b"IHDR") or zlib.crc32(data[12:29]) != checksum or (depth, colours) not in _PNG_KINDS:
         raise _NotPlainError
-    place, orientation = 33, None
+    place, exif, xmp = 33, None, None
     for _ in range(_MAX_STEPS):
         if place + 12 > len(data):  # cut off: the header is whole all the same
-            return width, height, orientation or 1
+            return width, height, _either(exif, xmp)
         length, name = struct.unpack_from(">I4s", data, place)
         if name == b"IEND":
-            return width, height, orientation or 1
-        if name == b"eXIf":
-            if orientation is not None or place + 12 + length > len(data):
-                raise _NotPlainError
-            orientation = _orientation(data[place + 8 : place + 8 + length])
-        elif name == b"IHDR" or (name in (b"tEXt", b"zTXt", b"iTXt") and data.startswith(_PNG_TEXTS, place + 8)):
+            return width, height, _either(exif, xmp)
+        if name == b"eXIf" and exif is None and place + 12 + length <= len(data):
+            exif = data[place + 8 : place + 8 + length]
+        elif name == b"iTXt" and xmp is None and data.startswith(_PNG_XMP + b"\0", place + 8):  # not compressed
+            xmp = data[place + 8 : place + 8 + length]
+        elif name in (b"IHDR", b"eXIf") or (
+            name in (b"tEXt", b"zTXt", b"iTXt") and data.startswith(_PNG_TEXTS, place + 8)
+        ):
             raise _NotPlainError
         place += 12 + length
     raise _NotPlainError
@@ -108,8 +113,15 @@ def _webp(data: bytes) -> tuple[int, int, int]:
     raise _NotPlainError  # extended files: alpha, animation, EXIF, XMP
 
 
-def _orientation(block: bytes) -> int:
-    """The orientation that a block of EXIF says, 1 where it says none."""
+def _either(exif: bytes | None, xmp: bytes | None) -> int:
+    """The orientation that EXIF says, else what XMP says, else 1."""
+    said = _orientation(exif) if exif is not None else None
+    if said is None and xmp is not None and (found := _XMP_ORIENTATION.search(xmp)) is not None:
+        said = int(found[1])
+    return 1 if said is None else said
+
+
+def _orientation(block: bytes) -> int | None:
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(block[:4])
     if order is None:
         raise _NotPlainError
@@ -117,11 +129,11 @@ def _orientation(block: bytes) -> int:
     (count,) = struct.unpack_from(f"{order}H", block, first)
     if count > _MAX_EXIF_TAGS or first + 2 + 12 * count > len(block):
         raise _NotPlainError
-    found = 0
+    found = None
     for place in range(first + 2, first + 2 + 12 * count, 12):
         tag, kind, values, value = struct.unpack_from(f"{order}HHIH", block, place)
         if tag == _ORIENTATION:
-            if found or kind != _SHORT or values != 1:
+            if found is not None or kind != _SHORT or values != 1:
                 raise _NotPlainError
-            found = value or 1
-    return found or 1
+            found = int(value)
+    return found

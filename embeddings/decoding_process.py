@@ -28,6 +28,7 @@ _ANSWER = struct.Struct("<BII")  # 0: pixels of (h, w); 1: a refusal, (bytes of 
 _PIPE_BYTES = 1 << 20
 _TEXT_BYTES = 1 << 16
 _OPEN_FILES = 64
+_HEADER_CPU_S = 4
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "LANG", "TMPDIR", "OPENBLAS_CORETYPE")
 PROGRAM = "from embeddings.decoding_process import serve; serve()"
 
@@ -181,7 +182,8 @@ def serve() -> None:
 
 def _answer(data: bytes, limits: DecodeLimits, wanted: int) -> tuple[Any, ...]:
     used = resource.getrusage(resource.RUSAGE_SELF)
-    bound = math.ceil(used.ru_utime + used.ru_stime) + limits.cpu_s
+    allowed = min(limits.cpu_s, _HEADER_CPU_S) if wanted == _HEADER_ONLY else limits.cpu_s
+    bound = math.ceil(used.ru_utime + used.ru_stime) + allowed
     resource.setrlimit(resource.RLIMIT_CPU, (bound, resource.RLIM_INFINITY))
     try:
         if wanted == _HEADER_ONLY:

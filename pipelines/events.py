@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from curation import storage
+from curation import secrets, storage
 
 Listener = Callable[[dict[str, Any]], None]
 
@@ -26,7 +26,7 @@ class Events:
         self._lines: list[str] = []
 
     def emit(self, kind: str, stage: str | None = None, **fields: Any) -> None:
-        event = {"time": round(time.time(), 3), "event": kind, "stage": stage, **fields}
+        event = {"time": round(time.time(), 3), "event": kind, "stage": stage, **secrets.hide_all(fields)}
         with self._lock:
             if self.path is not None:
                 line = json.dumps(event, default=str) + "\n"

@@ -2,7 +2,7 @@
 
 import re
 
-from curation import storage
+from curation import secrets, storage
 from curation.errors import UserError
 from pipelines.context import Context
 from pipelines.run_directory import Source
@@ -25,7 +25,8 @@ def source_name(role: str, origin: str) -> str:
         return role
     if role != "pool":
         raise UserError(f"--as {role} needs a name: {role}:NAME")
-    stem = SUFFIXES.sub("", origin.rstrip("/").rsplit("/", 1)[-1])
+    path = re.split(r"[?#]", origin, maxsplit=1)[0] if "://" in origin else origin  # a query may hold a signature
+    stem = SUFFIXES.sub("", path.rstrip("/").rsplit("/", 1)[-1])
     return "pool:" + (re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "pool")
 
 
@@ -78,7 +79,7 @@ def register(
         number=len(known),
         name=name,
         kind=kind,
-        origin=origin,
+        origin=secrets.hide(origin),
         rows=rows,
         digest=digest,
         stage=stage,

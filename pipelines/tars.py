@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation import storage
+from curation import secrets, storage
 from curation.errors import UserError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "ppm")
@@ -54,7 +54,8 @@ class TarIndex:
         label = known.get(label_column) if label_column is not None else known.get("label")
         if label is None and label_column is None:
             label = self._text(member.key, "cls")
-        return {"url": _string(known.get("url")), "caption": _string(caption), "label": _string(label)}
+        url = _string(known.get("url"))
+        return {"url": url and secrets.without_credentials(url), "caption": _string(caption), "label": _string(label)}
 
     def _json(self, key: str) -> dict[str, Any]:
         text = self._text(key, "json")

@@ -7,7 +7,6 @@ import importlib.util
 import io
 import mmap
 import os
-import re
 import sys
 import tempfile
 import types
@@ -19,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import pyarrow as pa
 
+from curation import secrets
 from curation.blocklist import BlockList
 from curation.errors import UserError
 from curation.schemas import IMAGES, SOURCE_SHIFT
@@ -34,7 +34,6 @@ from pipelines.run_directory import PartRecord, PartWriter
 
 TRIES_OF_A_ROW = 3
 """How often rows that img2dataset lost (it prints and goes on) are asked for before they count as failed."""
-_CREDENTIALS = re.compile(r"(//)[^/@?#]*@")
 
 
 @dataclass(frozen=True)
@@ -247,7 +246,7 @@ def assemble(
         row: dict[str, Any] = {
             "image_id": listed["image_id"],
             "source": source,
-            "url": _CREDENTIALS.sub(r"\1***@", listed["place"]) if listed["place"] is not None else None,
+            "url": secrets.without_credentials(listed["place"]) if listed["place"] is not None else None,
             "caption": listed["caption"],
             "label": listed["label"],
             "status": "ok",

@@ -399,13 +399,15 @@ def import_tar_part(writer: PartWriter, name: str, task: TarTask, rules: ImportR
     table = beside(task.path)
     prefix = rules.run + "/"
     shard = task.path[len(prefix) :] if task.path.startswith(prefix) else task.path
-    places = [(shard, member.offset, member.size) for member in images]
+    places = [(shard, member.offset, member.size if member.size <= MAX_FILE_BYTES else 0) for member in images]
     rows = []
     for position, data in enumerate(read_ranges(rules.run, places)):
         member = images[position]
         row = {"image_id": image_id(task.number, task.row + position), "source": task.source}
         row |= index.about(member, table, rules.label_column)
-        if isinstance(data, OSError):
+        if member.size > MAX_FILE_BYTES:
+            row |= _failed(f"too_large: more than {MAX_FILE_BYTES} bytes")
+        elif isinstance(data, OSError):
             row |= _failed("unreadable: the tar ends before its bytes do")
         else:
             row |= _examined(data, shard, member.offset)
