@@ -129,7 +129,7 @@ class Store:
             try:
                 return float((self.modified(probe) - self.modified(path)).total_seconds())
             finally:
-                self.rm(probe)
+                self.rm_file(probe)
         except (NotImplementedError, AttributeError):
             return None
 

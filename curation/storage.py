@@ -4,7 +4,9 @@ import errno
 import hashlib
 import io
 import os
+import shutil
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import fsspec
@@ -13,6 +15,8 @@ import pyarrow.parquet as pq
 
 from curation import object_store
 from curation.errors import UserError
+
+REMOVED_AT_ONCE = 16
 
 
 def filesystem(path: str) -> tuple[Any, str]:
@@ -60,6 +64,37 @@ def list_files(folder: str, suffix: str) -> list[str]:
         return []
     found = sorted(n.rsplit("/", 1)[-1] for n in names if n.endswith(suffix))
     return [join(folder, name) for name in found if not name.startswith(".")]
+
+
+def list_folders(folder: str) -> list[str]:
+    """Names of the folders directly in `folder`, in order, without hidden ones; [] without the folder."""
+    fs, inner = filesystem(folder)
+    try:
+        entries = fs.ls(inner, detail=True)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    names = (str(e["name"]).rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory")
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def remove(path: str) -> None:
+    """Remove a file, if it is there. Its name is not a pattern, as `fs.rm` would take it."""
+    fs, inner = filesystem(path)
+    try:
+        fs.rm_file(inner)
+    except FileNotFoundError:
+        return
+
+
+def remove_folder(folder: str) -> None:
+    """Remove a folder and all in it, if it is there."""
+    fs, inner = filesystem(folder)
+    if is_local(folder):
+        shutil.rmtree(inner, ignore_errors=True)
+        return
+    with ThreadPoolExecutor(REMOVED_AT_ONCE) as pool:
+        for _ in pool.map(fs.rm_file, fs.find(inner)):
+            pass
 
 
 def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:

@@ -265,9 +265,7 @@ def scratch_of(generation: Generation, context: Context, members: Members) -> Sc
 def forget(generation: Generation | None, directory: StageDirectory) -> None:
     """Take back a first generation that bad input stopped, so that the mended input is not refused as a change."""
     if generation is not None and generation.number == 0 and not generation.complete:
-        fs, scratch = storage.filesystem(generation.file("scratch"))
-        if fs.exists(scratch):
-            fs.rm(scratch, recursive=True)
+        storage.remove_folder(generation.file("scratch"))
         directory.clear()
 
 

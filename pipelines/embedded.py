@@ -184,9 +184,7 @@ def bad_input_taken_back(context: Context, generation: Generation) -> Iterator[N
 
 def remove_scratch(generation: Generation) -> None:
     """Remove the folder of intermediate files."""
-    fs, inner = storage.filesystem(generation.file(SCRATCH))
-    if fs.exists(inner):
-        fs.rm(inner, recursive=True)
+    storage.remove_folder(generation.file(SCRATCH))
 
 
 def read_columns(path: str, columns: list[str]) -> list[np.ndarray]:

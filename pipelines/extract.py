@@ -98,9 +98,7 @@ def _scratch(out: str) -> Iterator[str]:
     try:
         yield folder
     finally:
-        fs, inner = storage.filesystem(folder)
-        if fs.exists(inner):
-            fs.rm(inner, recursive=True)
+        storage.remove_folder(folder)
 
 
 @contextlib.contextmanager
@@ -151,7 +149,7 @@ def _join(pieces: list[str], out: str) -> int:
                     for batch in pq.ParquetFile(file).iter_batches(BATCH_ROWS):
                         writer.write_batch(batch, row_group_size=BATCH_ROWS)
                         rows += batch.num_rows
-                fs.rm(inner)
+                storage.remove(piece)
     except OSError as error:
         raise storage.cannot_write(out, error) from error
     return rows

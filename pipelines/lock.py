@@ -178,7 +178,7 @@ def _lock_object(path: str) -> _Held:
     def let_go() -> None:
         stop.set()
         if _look(path)[1].get("token") == token:
-            fs.rm(inner)
+            storage.remove(path)
 
     held.release = let_go
     return held
@@ -234,7 +234,7 @@ def _ended_here(found: dict[str, Any]) -> bool:
     here, theirs = _life(), found.get("life")
     if here is None or theirs is None or here.split(" ")[1:] != str(theirs).split(" ")[1:]:
         return False
-    return _life(int(found["pid"])) != theirs
+    return bool(_life(int(found["pid"])) != theirs)
 
 
 def _refusal(path: str) -> UserError:

@@ -149,13 +149,12 @@ def check_models(config: RunConfig, stages: Collection[str]) -> None:
 
 def check_writable(run: str) -> None:
     """The run directory can be made and written to. Raises UserError (exit code 1 where rights or space lack)."""
-    fs, inner = storage.filesystem(run)
+    inner = storage.filesystem(run)[1]
     if storage.is_local(run) and os.path.exists(inner) and not os.path.isdir(inner):
         raise UserError(f"run: {run} is a file, where the folder of the run is expected")
     probe = storage.join(run, ".probe")
     storage.write_whole(probe, b"")
-    fs, inner = storage.filesystem(probe)
-    fs.rm(inner)
+    storage.remove(probe)
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

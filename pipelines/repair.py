@@ -75,9 +75,9 @@ def repair(root: str, damaged: Sequence[Damage]) -> list[str]:
                 if mine:
                     directory.save(_without(generation, mine))
                     for damage in mine:
-                        _remove(damage.path)
+                        storage.remove(damage.path)
                         if damage.part is not None:
-                            _remove(generation.writer.path(damage.part))
+                            storage.remove(generation.writer.path(damage.part))
     return sorted({damage.stage for damage in damaged})
 
 
@@ -90,12 +90,6 @@ def _without(generation: Generation, damaged: Sequence[Damage]) -> Generation:
         parts=[part for part in generation.parts if part.name not in parts],
         files={name: record for name, record in generation.files.items() if generation.file(name) not in files},
     )
-
-
-def _remove(path: str) -> None:
-    fs, inner = storage.filesystem(path)
-    if fs.exists(inner):
-        fs.rm(inner)
 
 
 def _listed(run: RunDirectory) -> Iterator[_Wanted]:

@@ -245,22 +245,16 @@ class StageDirectory:
 
     def clear(self) -> None:
         """Remove every generation (`--rebuild`). In a flat folder only our own files are removed."""
-        fs, inner = storage.filesystem(self.directory)
         if not self.flat:
-            if storage.exists(self._path):  # by its name: a listing may not show it yet
-                fs.rm(storage.filesystem(self._path)[1])
-            if fs.exists(inner):
-                fs.rm(inner, recursive=True)
+            storage.remove(self._path)  # by its name: a listing may not show it yet
+            storage.remove_folder(self.directory)
             return
         for generation in self.all_generations():
             mine = [f"{p.name}.parquet" for p in generation.parts] + list(generation.files)
             mine += [relative for part in generation.parts for relative in part.files]
             for relative in mine:
-                path = storage.filesystem(generation.file(relative))[1]
-                if fs.exists(path):
-                    fs.rm(path)
-        if storage.exists(self._path):
-            fs.rm(storage.filesystem(self._path)[1])
+                storage.remove(generation.file(relative))
+        storage.remove(self._path)
 
     def _from_json(self, entry: Mapping[str, Any]) -> Generation:
         return Generation(
@@ -349,11 +343,9 @@ class RunDirectory:
 
         Listed, and on an object store, where a listing may lag, also read from RUN/stages.json.
         """
-        fs, root = storage.filesystem(self.root)
-        root = root.rstrip("/")
-        listed = [p for pattern in ("*/_stage.json", "embed/*/_stage.json") for p in fs.glob(f"{root}/{pattern}")]
-        names = {str(p).removesuffix("/_stage.json").removeprefix(root + "/") for p in listed}
-        return sorted(name for name in names | self._noted() if storage.exists(self.path(name, "_stage.json")))
+        models = {f"embed/{name}" for name in storage.list_folders(self.path("embed"))}
+        names = {*storage.list_folders(self.root), *models, *self._noted()}
+        return sorted(name for name in names if storage.exists(self.path(name, "_stage.json")))
 
     def note(self, stage: str) -> None:
         """Say on an object store that a stage is about to have a folder."""

@@ -66,7 +66,8 @@ def score_part(path: str, scoring: Scoring) -> dict[str, Any]:
     luminances = np.empty((len(rows), hashes.LUMINANCE_SIDE, hashes.LUMINANCE_SIDE), np.uint8)
     results: list[dict[str, Any]] = []
     failures: list[tuple[int, str]] = []
-    for row, data in zip(rows, locations.read_ranges(scoring.root, places), strict=True):
+    digests = [table["stored_sha256"][row].as_py() for row in rows]
+    for row, data in zip(rows, locations.read_ranges(scoring.root, places, digests), strict=True):
         if isinstance(data, OSError):
             failures.append((row, "unreadable"))
             continue

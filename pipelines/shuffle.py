@@ -48,6 +48,4 @@ def gather(files: Sequence[Scattered], bucket: int, kind: np.dtype) -> np.ndarra
 
 def remove(folder: str) -> None:
     """Delete a scratch folder, if it is there."""
-    fs, inner = storage.filesystem(folder)
-    if fs.exists(inner):
-        fs.rm(inner, recursive=True)
+    storage.remove_folder(folder)

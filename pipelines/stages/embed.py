@@ -31,7 +31,7 @@ from pipelines.run_directory import Generation, PartRecord, PartWriter
 
 NAME = "embed"
 REVISION = 1
-COLUMNS = ("image_id", "source", "shard", "offset", "length", "status")
+COLUMNS = ("image_id", "source", "shard", "offset", "length", "status", "stored_sha256")
 UNREADABLE = pa.schema([ID, pa.field("reason", pa.string(), nullable=False)])
 
 
@@ -173,7 +173,8 @@ def prepare_part(part: Part, reading: Reading) -> dict[str, Any]:
     decoder = worker_decoder(reading.limits)
     kept: list[int] = []
     unreadable: list[tuple[int, str]] = []
-    for image_id, data in zip(ids, read_ranges(reading.root, places), strict=True):
+    digests = rows["stored_sha256"].to_pylist() if "stored_sha256" in rows.column_names else None
+    for image_id, data in zip(ids, read_ranges(reading.root, places, digests), strict=True):
         try:
             if isinstance(data, OSError):
                 raise DecodeError("unreadable")
