@@ -18,18 +18,21 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from curation.errors import UserError
+from curation.errors import UserError, mendable
 
 console = Console(stderr=True, highlight=False)
 
 
 def handle_errors(call: Callable[[], Any]) -> Any:
-    """Run a command; a UserError becomes one sentence and its exit code, Ctrl-C exit code 130."""
+    """Run a command; what a user can mend becomes one sentence and its exit code, Ctrl-C exit code 130."""
     try:
         return call()
-    except UserError as error:
-        console.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
-        raise typer.Exit(error.exit_code) from None
+    except (UserError, OSError, MemoryError) as error:
+        told = mendable(error, "curate")
+        if told is None:
+            raise
+        console.print(f"[bold red]error:[/] {_plain(str(told))}", soft_wrap=True)
+        raise typer.Exit(told.exit_code) from None
     except KeyboardInterrupt:
         console.print("stopped; run the same command again to go on: finished parts are kept")
         raise typer.Exit(130) from None

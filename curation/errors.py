@@ -1,6 +1,10 @@
 """The one exception for what a user can cause and a user can mend."""
 
+import errno
+
 from curation.secrets import hide
+
+GO_ON = "run the same command again: finished parts are kept"
 
 
 class UserError(Exception):
@@ -16,3 +20,19 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, int]]:
         return (UserError, (str(self), self.exit_code))
+
+
+def mendable(error: BaseException, what: str) -> UserError | None:
+    """A full memory or disk, which any line may meet, as a sentence about `what`; None: it is something else."""
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, MemoryError):
+        return UserError(
+            f"{what}: out of memory ({str(error) or 'an allocation failed'}); lower memory_per_worker or use fewer "
+            f"workers, then {GO_ON}",
+            exit_code=1,
+        )
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        where = error.filename or what
+        return UserError(f"{where}: no space left on the disk; free some and {GO_ON}", exit_code=1)
+    return None

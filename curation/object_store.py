@@ -5,7 +5,6 @@ is left after the client's retries ends the stage (`StoreError`), and the same c
 """
 
 import os
-import re
 import uuid
 from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
@@ -13,32 +12,26 @@ from typing import Any
 
 import fsspec
 
-from curation.errors import UserError
+from curation import secrets
+from curation.errors import GO_ON, UserError
 
 ATTEMPTS = 10
 """Of the client, per request, with growing pauses: about a minute. AWS_MAX_ATTEMPTS says otherwise."""
-GO_ON = "run the same command again: finished parts are kept"
 REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403")
 _ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, UserError)
 _MISTAKES = (ValueError, TypeError, AttributeError, NotImplementedError, EOFError, MemoryError)
-_USER_INFORMATION = re.compile(r"(?<=://)[^/@\s\"']*@")
 
 
 class StoreError(UserError):
     """An object store refused or failed. exit_code 1."""
 
 
-def without_keys(text: str) -> str:
-    """The text with `user:password@` of any address in it replaced."""
-    return _USER_INFORMATION.sub("…@", text)
-
-
 def connect(path: str) -> tuple["Store", str]:
     """The store of a URL, and the path inside it. Raises UserError for a URL with keys in it, or of an unknown kind."""
     protocol = path.split("://", 1)[0]
-    if _USER_INFORMATION.search(path):
+    if secrets.without_credentials(path) != path:
         raise UserError(
-            f"{without_keys(path)}: keys do not belong in an address, it is written to files and logs; "
+            f"{path}: keys do not belong in an address, it is written to files and logs; "
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or what your store reads) in the environment"
         )
     try:
@@ -200,7 +193,7 @@ def said(where: str, error: Exception) -> StoreError:
         )
     if code:
         return StoreError(f"{where}: the object store failed ({code}), all retries included; {GO_ON}", exit_code=1)
-    reason = without_keys(str(error).splitlines()[0] if str(error) else "")[:160]
+    reason = (str(error).splitlines()[0] if str(error) else "")[:160]
     return StoreError(
         f"{where}: the object store does not answer ({kind}{': ' if reason else ''}{reason}); look at the network and "
         f"the address of the store (AWS_ENDPOINT_URL), then {GO_ON}",

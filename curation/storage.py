@@ -1,6 +1,5 @@
 """Files that appear whole or not at all, on a local disk or any fsspec URL."""
 
-import errno
 import hashlib
 import io
 import os
@@ -14,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from curation import object_store
-from curation.errors import UserError
+from curation.errors import GO_ON, UserError, mendable
 
 REMOVED_AT_ONCE = 16
 
@@ -132,8 +131,9 @@ def write_whole(path: str, data: bytes) -> None:
 
 def cannot_write(path: str, error: OSError) -> UserError:
     """The sentence for a failed write."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{path}: no space left on the disk; free some and run the same command again", exit_code=1)
+    full = mendable(error, path)
+    if full is not None:
+        return UserError(f"{path}: no space left on the disk; free some and {GO_ON}", exit_code=1)
     reason = error.strerror or str(error)
     return UserError(f"{path}: cannot be written ({reason}); choose another folder or its rights", exit_code=1)
 

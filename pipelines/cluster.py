@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from curation import device, storage
-from curation.errors import UserError
+from curation.errors import GO_ON, UserError, mendable
 
 IN_FLIGHT_PER_SLOT = 3
 """What waits beyond what runs keeps workers busy, and is what an autoscaler sees."""
@@ -323,13 +323,20 @@ def _result(reference: Any, name: str) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayTaskError as error:
-        cause = error.cause if isinstance(getattr(error, "cause", None), Exception) else None
-        if isinstance(cause, UserError):
-            raise cause from None
+        cause = getattr(error, "cause", None)
+        told = mendable(cause, name) if isinstance(cause, Exception) else None
+        if told is not None:
+            raise told from None
         raise
     except (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError) as error:
         raise _MachineLostError(type(error).__name__) from error
-    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+    except ray.exceptions.OutOfMemoryError as error:
+        raise UserError(
+            f"{name}: out of memory (Ray ended its worker every time it was tried, the machine had none left); "
+            f"lower memory_per_worker or use fewer workers, then {GO_ON}",
+            exit_code=1,
+        ) from error
+    except ray.exceptions.WorkerCrashedError as error:
         raise _gave_up(name, type(error).__name__) from error
 
 
