@@ -21,6 +21,7 @@ GROUPS = (
     "selection",
     "dataset",
     "adding",
+    "forgetting",
     "submission",
     "training",
     "evaluation",
