@@ -129,7 +129,8 @@ def curves(found: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str) -> "F
         axes.fill_between(ranks, quantiles[:, 0], quantiles[:, 2], color=line.get_color(), alpha=0.2)
     axes.set_xlabel("rank")
     axes.set_ylabel("cosine")
-    axes.legend(frameon=False)
+    if found:
+        axes.legend(frameon=False)
     axes.set_title(title)
     return figure
 

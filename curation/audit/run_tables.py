@@ -14,6 +14,8 @@ from curation import hidden, storage
 from curation.audit.scans import NOTHING
 from curation.errors import UserError
 
+CARD = "manifest.json"
+"""The data card, beside the parts of a manifest."""
 SNAPSHOTS = frozenset({"retrieve", "balance", "mix", "manifest"})
 """Stages whose newest generation replaces the older ones."""
 
@@ -24,6 +26,7 @@ class RunTables:
 
     images: the newest table of images (of the filter, else of the scores, else what was fetched). fetched: the tables
     of download and import. centroids: a file per level, leaf first. hidden: ids not to be shown, sorted uint64.
+    card: path of the data card, "" without a manifest.
     options: of the newest generation, by stage. files: the JSON files of the newest generation, by stage and name.
     """
 
@@ -37,6 +40,7 @@ class RunTables:
     retrieval: Sequence[str] = ()
     balance: Sequence[str] = ()
     manifest: Sequence[str] = ()
+    card: str = ""
     hidden: np.ndarray = field(default_factory=lambda: NOTHING)
     forgotten: int = 0
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -76,6 +80,7 @@ def open_run(root: str) -> RunTables:
         retrieval=_parts(stages["retrieve"]),
         balance=_parts(stages["balance"]),
         manifest=_parts(stages["manifest"]),
+        card=storage.join(known["manifest"]["folder"], CARD) if "manifest" in known else "",
         hidden=hidden.hidden_ids(root),
         forgotten=len(hidden.forgotten_ids(root)),
         options={name: g["fingerprint"]["options"] for name, g in known.items()},

@@ -45,8 +45,9 @@ def status_counts(paths: Sequence[str]) -> pa.Table:
     return merge_counts(tables, list(keys)) if tables else count_by([], keys)
 
 
-LOST = pc.field("status").isin(["failed", "transient", "excluded"])
-"""Rows of images that bring nothing and were listed once."""
+def lost() -> Any:
+    """Which rows of images bring nothing and were listed once."""
+    return pc.field("status").isin(["failed", "transient", "excluded"])  # at import this would bring pandas along
 
 
 def host_failures(paths: Sequence[str], limit: int) -> tuple[pa.Table, int]:
@@ -70,7 +71,7 @@ def failing_hosts(paths: Sequence[str], limit: int) -> pa.Table:
 
 
 def _lost(paths: Sequence[str]) -> list[tuple[list[str], Any]]:
-    return [(group, LOST if where is None else LOST & where) for group, where in current_rows(paths)]
+    return [(group, lost() if where is None else lost() & where) for group, where in current_rows(paths)]
 
 
 def duplicate_counts(paths: Sequence[str]) -> pa.Table:

@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from curation.audit import figures, funnel, scans, sections, site, tables
+from curation.audit import charts, figures, funnel, retrieval_tables, scans, site, tables
+from curation.audit.run_tables import RunTables
+from curation.audit.sections import filters as filters_section
 from curation.errors import UserError
 from curation.schemas import DUPLICATES, EDGES, IMAGES, MANIFEST, RETRIEVAL
 
@@ -50,8 +52,10 @@ def test_a_retried_row_counts_once_as_its_last_attempt(tmp_path: Path) -> None:
 )
 def test_failures_are_counted_by_host(tmp_path: Path, url: str | None, host: str) -> None:
     path = write(tmp_path, "part", [image(0, "failed", "http_404: gone\nfor good", url=url), image(1, url=url)], IMAGES)
-    found = tables.host_failures([path], 5).to_pylist()
-    assert found == [{"host": host, "status": "failed", "reason": "http_404", "images": 1}]
+    found, uncertain = tables.host_failures([path], 5)
+    assert found.to_pylist() == [{"host": host, "status": "failed", "reason": "http_404", "images": 1}]
+    assert uncertain == 0
+    assert tables.failing_hosts([path], 5).to_pylist() == [{"host": host, "images": 1, "rows": 2}]
 
 
 @settings(max_examples=25, deadline=None)
@@ -109,12 +113,13 @@ def test_reference_hits_count_an_image_once_per_set(tmp_path: Path) -> None:
     found = {r["reference_set"]: r for r in tables.reference_summary([path], (0.5, 0.6, 0.8)).to_pylist()}
     assert (found["a"]["images"], found["a"]["dropped"], found["a"]["at"]) == (2, 1, [2, 1, 1])  # strictly above
     assert (found["b"]["images"], found["b"]["at"]) == (1, [0, 0, 0])
-    samples = tables.reference_samples([path], 1, 5, 0).to_pylist()
-    assert [(s["reference_set"], s["image_id"], s["reference_id"], s["choice"]) for s in samples] == [
-        ("a", 1, 9, "best"),
-        ("b", 1, 7, "best"),
-        ("a", 2, 9, "random"),
-    ]
+    shown = {(r["reference_set"], r["image_id"], r["reference_id"]): r["choice"] for r in samples(path)}
+    assert shown == {("a", 1, 9): "best", ("a", 2, 9): "weakest", ("b", 1, 7): "best"}
+    assert not [r for r in samples(path, hidden=np.array([1], np.uint64)) if r["image_id"] == 1]
+
+
+def samples(path: str, hidden: np.ndarray = scans.NOTHING) -> list[dict]:
+    return tables.reference_samples([path], 1, 0, hidden)
 
 
 @settings(max_examples=40, deadline=None)
@@ -151,7 +156,7 @@ def test_seed_samples_show_the_best_of_each_seed(tmp_path: Path) -> None:
         for seed in range(6)
         for i in range(10)
     ]
-    found = tables.seed_samples([write(tmp_path, "part", rows, RETRIEVAL)], 2, 3, 0).to_pylist()
+    found = retrieval_tables.seed_samples([write(tmp_path, "part", rows, RETRIEVAL)], 2, 3, 0).to_pylist()
     shown = defaultdict(list)
     for row in found:
         shown[row["seed_set"], row["seed_id"]].append(row["image_id"])
@@ -163,7 +168,7 @@ def test_samples_do_not_depend_on_how_rows_are_cut_into_parts(tmp_path: Path) ->
     rows = [image(i, "dropped", f"reason{i % 3}") for i in range(90)]
     whole = [write(tmp_path, "whole", rows, IMAGES)]
     cut = [write(tmp_path, f"cut{i}", rows[i : i + 30], IMAGES) for i in (60, 0, 30)]
-    shown = [sections.filters(sections.RunTables(images=paths), {}) for paths in (whole, cut)]
+    shown = [filters_section.section(RunTables(images=paths)) for paths in (whole, cut)]
     assert shown[0] is not None and shown[1] is not None
     assert shown[0]["images"] == shown[1]["images"] and len(shown[0]["images"]) == 36
 
@@ -262,28 +267,53 @@ def test_hostile_words_are_cut_escaped_and_made_visible(words: str) -> None:
         [{"title": words, "text": [words], "columns": [words], "rows": [[words]], "notes": words}], "x"
     )
     step = {"step": words, "stage": words, "images": 1, "lost": [{"reason": words, "images": 1}]}
-    loss = {"status": words, "reason": words, "host": words, "images": 1}
-    failures = {"total": 1, "reasons": [loss], "hosts": [loss], "images": []}
-    seeds = {"rows": [], "more_rows": 0, "samples": [{"seed_set": words, "seeds": [(1, [])]}], "images": [1]}
-    page = site.render(
-        sheets=[],
-        pictures={1: picture},
-        facts=[],
-        lead="",
-        funnels={"pool": [step, {**step, "images": 0}]},
-        sources=[
-            {"name": words, "kind": words, "rows": 1, "usable": 1, "manifest": 1, "licence": words, "exempt": False}
-        ],
-        sections={"failures": failures, "seed_sets": seeds},
-        extras=extras,
-        card={"manifest": {"rows": 1, "x": words}, "models": {words: words}},
-        thresholds={},
-        recall="",
-        sampled={"wanted": 1, "shown": 0, "unreadable": 0, "left_out": 0, "megabytes": 1},
-    ).decode()
+    loss = {"status": words, "reason": words, "host": words, "when": words, "images": 1}
+    failures = {
+        "total": 1,
+        "reasons": [loss],
+        "hosts": [{**loss, "rows": 1}],
+        "pairs": [loss],
+        "uncertain": 0,
+        "examples": {words: [words]},
+        "images": [],
+    }
+    seeds = {
+        "name": "retrieval-01",
+        "seed_set": words,
+        "row": None,
+        "median": None,
+        "charts": [],
+        "seeds": [(1, [])],
+        "rule": dict.fromkeys(("mode", "neighbours", "per_cluster", "min_seeds", "cap", "seeds", "seeds_in_clusters")),
+        "chosen": None,
+        "images": [1],
+    }
+    retrieval = {"rows": [], "more_rows": 0, "more_pages": 0, "pages": [seeds], "images": []}
+    source = {"name": words, "kind": words, "rows": 1, "usable": 1, "manifest": 1, "licence": words, "exempt": False}
+    overview = {
+        "lead": "",
+        "facts": [],
+        "funnel": charts.funnel([step, {**step, "images": 0}]),
+        "funnels": {"pool": [step, {**step, "images": 0}]},
+        "warnings": [{"level": "warning", "words": words, "detail": words, "page": "failures"}],
+        "sources": [source],
+        "more_sources": 0,
+        "card": site.card_texts({"manifest": {"rows": 1, "x": words}, "models": {words: words}}),
+        "hidden": {"all": 1, "forgotten": 1, "dropped": 0},
+    }
+    pages = site.plan(overview, {"failures": failures, "retrieval": retrieval}, extras)
+    sampled = {"wanted": 1, "shown": 0, "unreadable": 0, "left_out": 0, "megabytes": 1}
+    made = {page.name: site.render(page, pages, {1: picture}, sampled).decode() for page in pages}
+    assert list(made) == ["index", "failures", "retrieval", "retrieval-01", "more"]
+    for page in made.values():
+        check_inert(page)
+
+
+def check_inert(page: str) -> None:
     assert len(page) < 100_000
     body = page.split("</head>")[1]
     assert "<script" not in page and "</style>" not in body and "49" not in body.replace("&#39;", "")
+    assert page.count("<!doctype") == 1 and page.rstrip().endswith("</html>")
     assert 'onload="' not in page and "onclick='" not in page
     assert not any(c in page for c in "\u202e\u2066\x00\x1b")
 

@@ -35,20 +35,15 @@ def section(run: RunTables) -> Section | None:
             }
         )
     sources = source_counts(run)
+    names = [n for n in (BEFORE, AFTER, CHOSEN) if sources and n in sources[0]]
     return {
         "levels": levels,
         "what": AFTER if run.balance else CHOSEN,
         "taken": sum(r["images"] for r in tables.source_counts(run.balance).to_pylist()),
         "sources": sources[: SAMPLING.table_rows],
-        "source_names": [n for n in (BEFORE, AFTER, CHOSEN) if sources and n in sources[0]],
-        "source_even": {
-            n: evenness(np.array([s[n] for s in sources], float))
-            for n in (BEFORE, AFTER, CHOSEN)
-            if sources and n in sources[0]
-        },
-        "source_totals": {
-            n: sum(s[n] for s in sources) for n in (BEFORE, AFTER, CHOSEN) if sources and n in sources[0]
-        },
+        "source_names": names,
+        "source_even": {n: evenness(np.array([s[n] for s in sources if s[n] or s[BEFORE]], float)) for n in names},
+        "source_totals": {n: sum(s[n] for s in sources) for n in names},
         "brought": brought_by(run)[: SAMPLING.table_rows],
         "images": [],
     }

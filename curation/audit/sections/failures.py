@@ -50,7 +50,7 @@ def _lost(counted: pa.Table) -> dict[tuple[str, str], int]:
 def _examples(run: RunTables, rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Per reason some URLs, in hash order."""
     columns = {"image_id": pc.field("image_id"), "reason": REASON, "url": cut_text("url")}
-    lost = tables.LOST & pc.is_valid(pc.field("url"))
+    lost = tables.lost() & pc.is_valid(pc.field("url"))
     found = first_rows(
         (with_hash(t, 0, "report failures") for t in stream(run.images, columns, lost, run.hidden)),
         "reason",
