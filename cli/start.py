@@ -190,6 +190,9 @@ def status(
     repair: Annotated[
         bool, typer.Option("--repair", help="with --verify: let the next `curate run` make damaged parts again")
     ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="go on and show rates and remaining time, until Ctrl-C")
+    ] = False,
     as_json: session.JsonOption = False,
 ) -> None:
     """Show how far a run is: stages, rows, failures by reason, times, bytes; with --verify whether every file is whole.
@@ -202,6 +205,11 @@ def status(
 
         if verify or repair:
             _verify(run, repair, as_json)
+            return
+        if watch:
+            from cli import watching
+
+            watching.watch(run, as_json)
             return
         found = looking.status(run)
         table = _table("stage", "state", "generations", "parts", "rows", "time", "on disk")

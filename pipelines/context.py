@@ -23,7 +23,7 @@ from pydantic import BaseModel, ByteSize, ConfigDict, Field, TypeAdapter, field_
 from curation import device, storage
 from curation.errors import UserError
 from pipelines import catalog, cluster, lock
-from pipelines.events import Events
+from pipelines.events import Events, failed
 from pipelines.run_directory import Fingerprint, Generation, PartRecord, PartWriter, RunDirectory, StageDirectory
 
 SAVE_S = 30.0
@@ -328,7 +328,8 @@ class Context:
             ):
                 records[part_name] = record
                 self.keep(generation, record)
-                self.events.emit("part", stage, part=part_name, rows=record.rows, done=len(records), total=len(tasks))
+                done = {"rows": record.rows, "done": len(records), "total": len(tasks), **failed(record.counts)}
+                self.events.emit("part", stage, part=part_name, **done)
         generation.parts = [records[part_name] for part_name, _ in tasks]
 
     def spread(

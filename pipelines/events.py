@@ -4,19 +4,21 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from curation import secrets, storage
 
+COUNTED = ("error.", "dropped: ", "undecodable")
+"""Beginnings of the names under which stages count their unusable rows by reason."""
 Listener = Callable[[dict[str, Any]], None]
 
 
 class Events:
     """Appends events to a file and hands them to a listener (the terminal's progress display).
 
-    kinds: stage_start, stage_skip, stage_end, part, message, warning. Each has `time` (seconds since
-    1970) and, but for messages of no stage, `stage`.
+    kinds: stage_start, stage_skip, stage_end, parts, part, message, warning. Each has `time` (seconds since
+    1970) and, but for messages of no stage, `stage`. A part has `rows`, and `failures` by reason where it has any.
     """
 
     def __init__(self, path: str | None, listener: Listener | None = None) -> None:
@@ -46,3 +48,14 @@ class Events:
                 name = f"{self.path.removesuffix('.jsonl')}-{time.time_ns()}.jsonl"
                 storage.write_whole(name, "".join(self._lines).encode())
                 self._lines = []
+
+
+def failures(counts: Mapping[str, float]) -> dict[str, int]:
+    """The unusable rows of a part by reason, from its counts."""
+    return {k.removeprefix("error."): int(n) for k, n in sorted(counts.items()) if k.startswith(COUNTED) and n}
+
+
+def failed(counts: Mapping[str, float]) -> dict[str, dict[str, int]]:
+    """What a `part` event says of its failures: nothing where there are none."""
+    found = failures(counts)
+    return {"failures": found} if found else {}

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from curation.errors import UserError
+from curation.errors import UserError, mendable
 from pipelines import cluster
 from pipelines.cluster import Demand
 from pipelines.context import Context
+from pipelines.events import failed
 from pipelines.run_directory import Generation, PartRecord
 
 Decoded = Mapping[str, Any]
@@ -86,6 +87,7 @@ def image_pass(
                     rows=record.rows,
                     done=len(records),
                     total=len(tasks),
+                    **failed(record.counts),
                     **extra,
                 )
     for index, one in enumerate(several):
@@ -226,8 +228,8 @@ def _decode_part(batch: pa.Table, decode: Callable[[Any, Any], Decoded], shared:
     (name,), (task,) = batch["name"].to_pylist(), batch["task"].to_pylist()
     try:
         return pack(name, decode(pickle.loads(task), _fetched(shared)))
-    except UserError as error:
-        return pack(name, {REFUSED: (str(error), error.exit_code)})
+    except (UserError, MemoryError, OSError) as error:
+        return pack(name, {REFUSED: _refused(error, name)})
 
 
 _shared_values: dict[Any, Any] = {}
@@ -241,6 +243,14 @@ def _fetched(reference: Any) -> Any:
         _shared_values.clear()
         _shared_values[reference] = ray.get(reference)
     return _shared_values[reference]
+
+
+def _refused(error: Exception, name: str) -> tuple[str, int]:
+    """What travels as an answer; raises the error if it is none that a user can mend."""
+    told = mendable(error, name)
+    if told is None:
+        raise error
+    return str(told), told.exit_code
 
 
 class _Actor:
@@ -257,8 +267,8 @@ class _Actor:
         name, decoded = unpack(batch)
         try:
             answer = self._answer(name, decoded)
-        except UserError as error:
-            answer = {REFUSED: (str(error), error.exit_code)}
+        except (UserError, MemoryError, OSError) as error:
+            answer = {REFUSED: _refused(error, name)}
         return pa.table({"name": [name], "answer": [json.dumps(answer)]})
 
     def _answer(self, name: str, decoded: dict[str, Any]) -> dict[str, Any]:

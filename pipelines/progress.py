@@ -18,7 +18,7 @@ WINDOW_S = 300.0
 MOST_READ = 32 << 20
 """Bytes read at once; what a longer file holds before is skipped."""
 MOST_LINE = 1 << 20
-MESSAGES = 20
+MESSAGES, MOST_REASONS = 20, 200
 
 
 @dataclass
@@ -34,6 +34,7 @@ class StageProgress:
     rows: int = 0
     note: str = ""
     summary: dict[str, Any] = field(default_factory=dict)
+    failures: dict[str, int] = field(default_factory=dict)
     marks: deque[tuple[float, int, int]] = field(default_factory=lambda: deque(maxlen=4096), repr=False)
 
     def rate(self, now: float) -> tuple[float, float]:
@@ -133,12 +134,18 @@ class Progress:
             known.done, known.total = int(event["done"]), int(event["total"])
             known.note = str(event.get("note", ""))[:300]
             known.rows += int(event.get("rows", 0)) if kind == "part" else 0
+            for reason, count in dict(event.get("failures") or {}).items():
+                if reason in known.failures or len(known.failures) < MOST_REASONS:
+                    known.failures[str(reason)[:200]] = known.failures.get(str(reason)[:200], 0) + int(count)
             known.marks.append((now, known.done, known.rows))
         elif kind == "stage_end":
             known.state, known.ended = "complete", now
             known.rows, known.summary = int(event.get("rows", known.rows)), dict(event.get("summary") or {})
             if known.total is not None:
                 known.done = known.total
+            errors = known.summary.get("errors")
+            if isinstance(errors, dict):  # of the whole stage, also of parts made by an earlier attempt
+                known.failures = {str(r)[:200]: int(n) for r, n in list(errors.items())[:MOST_REASONS]}
         elif kind == "stage_skip":
             if known.state != "complete":
                 known.state, known.ended = "skipped", now

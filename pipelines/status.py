@@ -10,10 +10,9 @@ import pyarrow.parquet as pq
 from curation import parquet, storage
 from curation.errors import UserError
 from pipelines import catalog, lock
+from pipelines.events import failures
 from pipelines.run_directory import FINGERPRINT_KEY, Generation, RunDirectory
 
-COUNTED = ("error.", "dropped: ", "undecodable")
-"""Beginnings of the names under which stages count their unusable rows by reason."""
 State = Literal["complete", "unfinished", "absent"]
 
 
@@ -166,9 +165,7 @@ def _failures(generations: list[Generation]) -> dict[str, int]:
     for part, path in ((p, g.writer.path(p.name)) for g in generations if g.complete for p in g.parts):
         if not part.counts:
             counts.update(_reasons_in(path))
-        for name, count in part.counts.items():
-            if name.startswith(COUNTED):
-                counts[name.removeprefix("error.")] += int(count)
+        counts.update(failures(part.counts))
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 

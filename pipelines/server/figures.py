@@ -36,7 +36,7 @@ THRESHOLDS = {
     "aspect_ratio": ("filter", "aspect_ratio"),
     "similarity": ("dedup", "threshold"),
 }
-CARDS, TILES, TABLE = 24, 5, 100
+CARDS, TILES, TABLE = 24, 4, 100
 MAP_POINTS = 2_000
 
 
@@ -357,6 +357,7 @@ def cluster_map(index: Opened, level: int) -> Markup:
     xs, ys = (np.array([r[axis] for r in rows], np.float64) for axis in ("x", "y"))
     width, height, margin = 760.0, 420.0, 30.0
     most = max(r["images"] for r in rows)
+    share = sum(r["chosen"] for r in rows) / sum(r["images"] for r in rows)
     body = []
     for entry, x, y in zip(rows, _spread(xs, width, margin), _spread(ys, height, margin), strict=True):
         radius = max(2.0, 24.0 * math.sqrt(entry["images"] / most))
@@ -370,7 +371,7 @@ def cluster_map(index: Opened, level: int) -> Markup:
                 x,
                 y,
                 radius,
-                " drawn" if entry["chosen"] else "",
+                " drawn" if entry["chosen"] > share * entry["images"] else "",
                 level,
                 entry["cluster"],
                 number(entry["images"]),
@@ -432,7 +433,7 @@ def retrieval(index: Opened, request: Request, start: int, seed_set: str | None,
     more = len(rows) == CARDS
     return {
         "links": links,
-        "lead": "Each seed stands before the images it drew. nominal counts retrievals, a collision is an image drawn twice.",
+        "lead": "Each seed stands before the images it drew; an image that several seeds drew counts as several retrievals.",
         "cards": cards,
         "empty": "No seed of this set drew an image.",
         "next": onward(request, start=start + CARDS) if more else None,
@@ -475,7 +476,7 @@ def score_chart(served: Served, index: Opened, name: str) -> Markup:
         SCORE_NAMES.get(name, name),
         threshold=option(served, *THRESHOLDS[name]),
         log=True,
-        form="{:.3g}",
+        form="{:,.0f}" if name == "min_side" else "{:.3g}",
     )
 
 
@@ -625,12 +626,10 @@ def _gini(counts: np.ndarray) -> float:
 
 
 def stage_failures(live: Mapping[str, Any]) -> list[tuple[str, str, int]]:
-    """(stage, reason, rows) as finished stages counted them."""
+    """(stage, reason, rows) so far, the most frequent first."""
     found = []
     for stage in live["stages"]:
-        errors = stage["summary"].get("errors")
-        if isinstance(errors, dict):
-            found += [(stage["stage"], str(r), int(n)) for r, n in errors.items() if isinstance(n, (int, float))]
+        found += [(stage["stage"], reason, count) for reason, count in stage["failures"].items()]
     return sorted(found, key=lambda f: -f[2])[:TABLE]
 
 

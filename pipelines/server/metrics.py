@@ -48,7 +48,7 @@ class Metrics:
             "stage_rows_per_second": ("rate of the last minutes", ["stage"]),
             "stage_remaining_seconds": ("time until the stage is done at this rate", ["stage"]),
             "stage_complete": ("1 where the stage is complete", ["stage"]),
-            "stage_failures": ("rows that are not usable, as the stage counted them at its end", ["stage", "reason"]),
+            "stage_failures": ("rows that are not usable", ["stage", "reason"]),
         }
         self.gauges = {
             name: Gauge(f"curate_{name}", words, labels, registry=self.registry)
@@ -88,12 +88,5 @@ class Metrics:
         self.gauges["stage_total_parts"].labels(name).set(stage["total"] or 0)
         self.gauges["stage_rows_per_second"].labels(name).set(stage["rows_per_second"])
         self.gauges["stage_remaining_seconds"].labels(name).set(stage["remaining_seconds"] or 0)
-        for reason, count in _failures(stage["summary"]):
+        for reason, count in stage["failures"].items():
             self.gauges["stage_failures"].labels(name, reason).set(count)
-
-
-def _failures(summary: dict[str, Any]) -> list[tuple[str, float]]:
-    errors = summary.get("errors")
-    found = list(errors.items()) if isinstance(errors, dict) else []
-    found += [(key, summary[key]) for key in ("failed", "transient", "excluded", "dropped") if key in summary]
-    return [(str(k)[:100], float(v)) for k, v in found[:100] if isinstance(v, (int, float))]

@@ -19,7 +19,7 @@ from pipelines.server.rendering import number, score
 
 router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 PAGE = 48
-CARDS, CARD_TILES = 24, 5
+CARDS, CARD_TILES = 24, 4
 ROWS = 100
 Cluster = Annotated[int, Query(ge=0, le=(1 << 31) - 1)]
 
@@ -158,7 +158,7 @@ def component(request: Request, component_id: Id, after: After = None) -> HTMLRe
         found = index.listed({"chain": component_id}, after, PAGE)
     rows = found.images or [api.one_of(index, component_id)]
     for row in rows:
-        row["note"] = score(row.get("similarity"))
+        row |= {"note": score(row.get("similarity")), "mark": "kept" if row.get("kept") else ""}
     return page(
         request,
         "images.html.j2",
@@ -256,7 +256,12 @@ def clusters(request: Request, level: Annotated[int, Query(ge=1, le=20)] = 1, st
         "Clusters",
         lead=f"{number(total)} clusters of level {level}, the largest first.",
         links=[(f"Level {k}", f"/clusters?level={k}") for k in range(1, index.levels + 1)],
-        charts=[("Centroids on their two principal axes", figures.cluster_map(index, level))]
+        charts=[
+            (
+                "Centroids on their two principal axes; of the darker ones more was chosen than on the whole",
+                figures.cluster_map(index, level),
+            )
+        ]
         if start == 0 and total
         else [],
         cards=cards,

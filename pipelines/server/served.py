@@ -191,8 +191,10 @@ class Served:
     def live(self) -> dict[str, Any]:
         """The run's progress and its driver."""
         with self._lock:
-            document = self.progress.read().document()
-        held = lock.is_held(self.run.root)
+            held = lock.is_held(self.run.root)
+            progress = self.progress.read()
+            # Where no one works on it time stands still.
+            document = progress.document(None if held else progress.last)
         document["driver"] = {k: v for k, v in lock.holder(self.run.root).items() if k in ("since",)} if held else None
         return document | {"index": self.state}
 
