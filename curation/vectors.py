@@ -134,7 +134,7 @@ def read_vectors(
     path: str, dimension: int, row_groups: Sequence[int] | None = None, first: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """(ids, vectors) of one file, or of some of its row groups: see VectorSet.read. first: only so many rows of it."""
-    try:
+    with parquet.named(path):
         columns = ["image_id", "embedding"]
         # Not `read_table`: its threads and buffers cost as much again as the decoding.
         file = parquet.open_file(path)
@@ -144,8 +144,6 @@ def read_vectors(
         else:
             batches = file.iter_batches(first, row_groups=list(groups), columns=columns, use_threads=False)
             table = pa.Table.from_batches(list(itertools.islice(batches, 1)), file.schema_arrow).select(columns)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})", exit_code=1) from error
     column = table["embedding"].combine_chunks()
     if isinstance(column, pa.ChunkedArray):
         column = pa.concat_arrays(column.chunks) if column.num_chunks else pa.array([], column.type)
