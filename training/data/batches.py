@@ -123,6 +123,7 @@ def batches(
         if getattr(config, name) % patch_size:
             raise UserError(f"data.{name}: {getattr(config, name)} is not a multiple of the patch size {patch_size}")
     index = open_index(config.source, config.index_folder)
+    _tell_hidden(index, config, first_step if rank == 0 else None)
     if len(index) < global_batch:
         raise UserError(
             f"{config.source}: {len(index):,} images, fewer than one global batch of {global_batch:,}; "
@@ -131,6 +132,25 @@ def batches(
     check_locations(index)
     order_of(config, index, seed)  # what it needs of the source is looked for, and written beside the index, here
     return _stream(config, index, share, seed, patch_size, first_step * accumulate, torch.device(device))
+
+
+def _tell_hidden(index: Index, config: DataConfig, first_step: int | None) -> None:
+    """Say what is left out; a resumed training draws from then on in the order that is that of the rest."""
+    out = len(index.hidden)
+    if not out or first_step is None:
+        return
+    log.info(
+        "%s: %s hidden in the run (forgotten, or dropped by an auditor): they are not trained on",
+        config.source,
+        f"{out:,} images are" if out > 1 else "1 image is",
+    )
+    if first_step:
+        log.info(
+            "if images were hidden since this training began, it goes on from step %d in the order of the %s that are "
+            "left, not in the one it began with",
+            first_step,
+            f"{len(index):,}",
+        )
 
 
 class MicroBatches(torch.utils.data.Dataset[Any]):

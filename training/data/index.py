@@ -21,13 +21,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation import storage
+from curation import hidden, storage
 from curation.errors import UserError
 from training.data.sources import Listing, find, walk
 
 REVISION = 1
 ROW = np.dtype([("image_id", "<u8"), ("offset", "<u8"), ("length", "<u4"), ("shard", "<u4")])
 REMEMBERED_SHARDS = 1 << 17
+HIDDEN = "hidden.u64"
+NOTHING_HIDDEN = np.empty(0, np.uint64)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,18 @@ class Index:
     def shards(self) -> int:
         return len(self._name_ends)
 
+    @property
+    def hidden(self) -> np.ndarray:
+        """(n,) uint64, ascending: images of the source that the index leaves out, as its run said when it was made."""
+        path = self.folder / HIDDEN
+        return np.fromfile(path, np.uint64) if path.exists() else NOTHING_HIDDEN
+
+    def part_tables(self, columns: list[str]) -> Iterator[pa.Table]:
+        """The rows that the index has, and those without a location, in its order; see `part_tables`."""
+        out = self.hidden
+        for table in part_tables(self.listing, ["image_id", *(c for c in columns if c != "image_id")]):
+            yield hidden.hide(table, out)
+
 
 def open_index(source: str, folder: str | None = None) -> Index:
     """The index of `source`, made where it is not yet there. Raises UserError for a source without images."""
@@ -67,10 +81,11 @@ def open_index(source: str, folder: str | None = None) -> Index:
         if listing.is_tree:
             made, fingerprint = _build_tree(listing, base)
         else:
-            fingerprint = _fingerprint(listing)
+            out = hidden.hidden_ids(listing.run) if listing.run is not None else NOTHING_HIDDEN
+            fingerprint = _fingerprint(listing, out)
             made = base / fingerprint
             if not (made / "complete.json").exists():
-                _publish(made, lambda aside: _build_parts(listing, aside))
+                _publish(made, lambda aside: _build_parts(listing, aside, out))
     facts = json.loads((made / "complete.json").read_text())
     if not facts["rows"]:
         raise UserError(f"{source}: {_emptiness(listing, facts)}")
@@ -123,15 +138,16 @@ def _default_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lvd-curate" / "index"
 
 
-def _fingerprint(listing: Listing) -> str:
-    """Of the parts as they lie there: path, size and what the filesystem says of their version."""
+def _fingerprint(listing: Listing, out: np.ndarray) -> str:
+    """Of the parts as they lie there: path, size and what the filesystem says of their version; and what is hidden."""
     found = []
     for path in listing.parts:
         fs, inner = storage.filesystem(path)
         about = fs.info(inner)
         version = [str(about.get(key)) for key in ("mtime", "ETag", "etag", "created", "LastModified") if key in about]
         found.append([path, about.get("size"), version])
-    return hashlib.sha256(json.dumps([REVISION, listing.root, found]).encode()).hexdigest()[:24]
+    told = [REVISION, listing.root, found, *([hidden.digest(out)] if len(out) else [])]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:24]
 
 
 @contextmanager
@@ -194,12 +210,16 @@ class _Names:
         self._ends.close()
 
 
-def _build_parts(listing: Listing, aside: Path) -> None:
+def _build_parts(listing: Listing, aside: Path, out: np.ndarray) -> None:
+    """out: (n,) uint64, ascending: images that are left out."""
+    if len(out):
+        out.tofile(aside / HIDDEN)
     names = _Names(aside)
     rows = unlocated = 0
     least, most = np.inf, -np.inf
     with open(aside / "rows.bin", "wb") as row_file, open(aside / "weights.f32", "wb") as weight_file:
-        for table in part_tables(listing, ["image_id", "shard", "offset", "length", "weight"]):
+        for whole in part_tables(listing, ["image_id", "shard", "offset", "length", "weight"]):
+            table = hidden.hide(whole, out)
             located = pc.and_(pc.is_valid(table["shard"]), pc.is_valid(table["length"]))
             unlocated += table.num_rows - int(pc.sum(located).as_py() or 0)
             kept = table.filter(located).combine_chunks()

@@ -4,9 +4,11 @@ Each shard is a tar with a Parquet of its rows beside it, which is written last:
 interrupted pack goes on behind its last whole shard, and equal inputs give equal bytes.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections import deque
 from collections.abc import Iterator
@@ -35,6 +37,8 @@ LEFT_OUT = b"curate.left_out"
 COLUMNS = ("image_id", "shard", "offset", "length", "sources", "weight")
 SUFFIXES = {"JPEG": "jpg", "TIFF": "tif"}
 ROWS_AT_ONCE = 4096
+NOTED = "packed.json"
+"""In the run: where its images were packed."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,25 @@ def pack(config: PackConfig) -> dict[str, Any]:
     if not written["images"]:
         raise UserError(f"{config.source}: none of its {order.epoch:,} images could be read; were they moved?", 1)
     card = {"fingerprint": fingerprint, "sampling": config.sampling, "seed": config.seed, **written}
+    if index.listing.run is not None:
+        card["run"] = _whole(index.listing.run)
+        _note(index.listing.run, config.out)
     storage.write_whole(storage.join(config.out, PACKED), (json.dumps(card, indent=1) + "\n").encode())
     return {"out": config.out, **written}
+
+
+def _note(run: str, out: str) -> None:
+    """Leave word in the run of where its images were packed: `curate forget` names it."""
+    path = storage.join(run, NOTED)
+    known = json.loads(storage.read_bytes(path))["packed"] if storage.exists(path) else []
+    if _whole(out) in known:
+        return
+    with contextlib.suppress(UserError):  # a run that cannot be written to can still be read
+        storage.write_whole(path, (json.dumps({"packed": sorted({*known, _whole(out)})}, indent=1) + "\n").encode())
+
+
+def _whole(path: str) -> str:
+    return os.path.abspath(path) if storage.is_local(path) and "://" not in path else path
 
 
 def _part(out: str, number: int) -> str:

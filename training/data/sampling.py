@@ -20,7 +20,7 @@ from curation.errors import UserError
 from curation.order import hash_keys
 from training.data.chunks import ChunkOrder, Lanes, chunks_of
 from training.data.config import DataConfig
-from training.data.index import Index, part_tables
+from training.data.index import Index
 from training.data.permutation import Permutation, permute_each
 
 WEIGHTS_PER_BLOCK = 1024
@@ -215,7 +215,7 @@ def _write_members(index: Index, kind: str, level: int, target: Path) -> None:
         first = 0
         column = "sources" if kind == "seed_set" else "clusters"
         with open(pairs_file, "wb") as file:
-            for table in part_tables(index.listing, ["image_id", "shard", "length", column]):
+            for table in index.part_tables(["image_id", "shard", "length", column]):
                 located = pc.and_(pc.is_valid(table["shard"]), pc.is_valid(table["length"]))
                 kept = table.filter(located).combine_chunks()
                 if not kept.num_rows:

@@ -25,6 +25,8 @@ class Listing:
     root: str
     parts: tuple[str, ...]
     packed: bool
+    run: str | None = None
+    """The run that it was made in: what is hidden there (forgotten, or dropped by an auditor) is not trained on."""
 
     @property
     def is_tree(self) -> bool:
@@ -37,12 +39,16 @@ def find(source: str) -> Listing:
     if not source or not storage.exists(source):
         raise UserError(f"{source or 'data.source'}: not there; give a run directory, a manifest or a folder of images")
     if storage.exists(storage.join(source, "manifest", "_stage.json")):
-        return Listing(source, source, _run_parts(source), False)
+        return Listing(source, source, _run_parts(source), False, source)
     if source.endswith(".parquet"):
-        return Listing(source, _root_of(source.rsplit("/", 1)[0] if "/" in source else "."), (source,), False)
+        folder = source.rsplit("/", 1)[0] if "/" in source else "."
+        return Listing(source, _root_of(folder), (source,), False, _run_of(folder))
     parts = storage.list_files(source, ".parquet")
     if parts:
-        return Listing(source, _root_of(source), tuple(parts), storage.exists(storage.join(source, PACKED)))
+        packed = storage.exists(storage.join(source, PACKED))
+        return Listing(
+            source, _root_of(source), tuple(parts), packed, _packed_from(source) if packed else _run_of(source)
+        )
     if storage.exists(storage.join(source, "run.yaml")) or storage.exists(storage.join(source, "sources.json")):
         raise UserError(f"{source}: a run without a manifest; make it with `curate manifest {source}`")
     return Listing(source, source, (), False)
@@ -67,6 +73,21 @@ def _root_of(folder: str) -> str:
     if len(parents) > 2 and parents[-2] == "manifest" and parents[-1].startswith("gen-"):
         return "/".join(parents[:-2])
     return folder
+
+
+def _run_of(folder: str) -> str | None:
+    """The run that RUN/manifest/gen-NNNN belongs to."""
+    root = _root_of(folder)
+    return root if root != folder else None
+
+
+def _packed_from(folder: str) -> str | None:
+    """The run that shards were packed from, where it is still there."""
+    try:
+        run = json.loads(storage.read_bytes(storage.join(folder, PACKED))).get("run")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return run if run and storage.exists(run) else None
 
 
 def walk(folder: str) -> Iterator[tuple[str, int]]:

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from curation.errors import UserError
 from curation.order import hash_keys
-from training.data.index import Index, open_index, part_tables
+from training.data.index import Index, open_index
 from training.data.reading import check_locations
 
 
@@ -76,7 +76,7 @@ def read_labelled(source: str, classes: tuple[str, ...] | None = None, index_fol
 def _manifest_labels(index: Index) -> pa.Array:
     """The column `label` of the rows that the index has, in its order."""
     found = []
-    for table in part_tables(index.listing, ["image_id", "shard", "length", "label"]):
+    for table in index.part_tables(["image_id", "shard", "length", "label"]):
         located = pc.and_(pc.is_valid(table["shard"]), pc.is_valid(table["length"]))
         found.append(table.filter(located)["label"].combine_chunks().cast(pa.string()))
     return pa.concat_arrays(
