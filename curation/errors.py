@@ -1,8 +1,11 @@
 """The one exception for what a user can cause and a user can mend."""
 
 import errno
+import re
 
 from curation.secrets import hide
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 GO_ON = "run the same command again: finished parts are kept"
 
@@ -15,7 +18,7 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, exit_code: int = 2) -> None:
-        super().__init__(hide(message))
+        super().__init__(_CONTROL.sub(" ", hide(message)).strip())
         self.exit_code = exit_code
 
     def __reduce__(self) -> tuple[type["UserError"], tuple[str, int]]:

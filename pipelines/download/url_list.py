@@ -3,6 +3,8 @@
 import csv
 import hashlib
 import io
+import lzma
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,8 @@ CAPTION_COLUMNS = ("caption", "alt", "text", "alt_text", "title")
 LABEL_COLUMNS = ("label",)
 BATCH_ROWS = 1 << 16
 MAX_LINE_CHARACTERS = 1 << 22
+DAMAGED = (OSError, EOFError, ValueError, pa.ArrowException, csv.Error, zlib.error, lzma.LZMAError)
+"""What damaged files raise: Arrow, also ValueError for names that are no UTF-8, and the decompressors."""
 _COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
 _KINDS = {".parquet": "parquet", ".pq": "parquet", ".csv": "csv", ".tsv": "tsv"}
 
@@ -54,7 +58,7 @@ class UrlList:
                         rows += pq.ParquetFile(file).metadata.num_rows
                 else:
                     rows += sum(table.num_rows for table in _READERS[self.kind](path, self.columns))
-        except OSError as error:
+        except DAMAGED as error:
             raise _unreadable(self.origin, error) from error
         if rows == 0:
             raise UserError(f"{self.origin}: an empty list, there is nothing to download")
@@ -88,7 +92,7 @@ def open_list(
             absent = [name for name in columns if name is not None and name not in _column_names(path, kind)]
             if absent:
                 raise UserError(f"{path}: no column `{absent[0]}`, which {files[0]} has")
-    except (OSError, pa.ArrowInvalid, UnicodeDecodeError, csv.Error, EOFError) as error:
+    except DAMAGED as error:
         raise _unreadable(origin, error) from error
     return UrlList(origin, tuple(files), kind, (columns[0], columns[1], columns[2]))
 
@@ -135,7 +139,7 @@ def _column_names(path: str, kind: str) -> list[str]:
 def _find_column(
     origin: str, names: Sequence[str], given: str | None, usual: Sequence[str], needed: bool
 ) -> str | None:
-    there = ", ".join(names[:20]) or "none"
+    there = ", ".join(name[:80] for name in names[:20]) or "none"
     if given is not None:
         if given not in names:
             raise UserError(f"{origin}: no column `{given}`; there are: {there}")
@@ -160,7 +164,7 @@ def _parquet_batches(path: str, columns: tuple[str | None, ...]) -> Iterator[pa.
                     for name in columns
                 ]
                 yield pa.Table.from_arrays(arrays, schema=ROWS)
-    except (OSError, pa.ArrowInvalid) as error:
+    except DAMAGED as error:
         raise _unreadable(path, error) from error
 
 
@@ -168,9 +172,20 @@ def _as_text(array: pa.Array, name: str, path: str) -> pa.Array:
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     try:
-        return pc.cast(array, pa.string())
+        texts = pc.cast(array, pa.string())
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise UserError(f"{path}: column `{name}` holds {array.type}, where text is expected") from None
+    return valid_text(texts)
+
+
+def valid_text(texts: pa.Array) -> pa.Array:
+    """The strings with marks in the place of bytes that are no UTF-8: a Parquet file may hold any bytes as text."""
+    try:
+        texts.validate(full=True)
+    except pa.ArrowInvalid:
+        found = texts.cast(pa.binary()).to_pylist()
+        return pa.array([None if v is None else v.decode(errors="replace") for v in found], pa.string())
+    return texts
 
 
 def _csv_batches(path: str, columns: tuple[str | None, ...], kind: str = "csv") -> Iterator[pa.Table]:
@@ -189,7 +204,7 @@ def _csv_batches(path: str, columns: tuple[str | None, ...], kind: str = "csv") 
                     pending = []
             if pending:
                 yield _table(pending)
-    except (OSError, csv.Error, EOFError) as error:
+    except DAMAGED as error:
         raise _unreadable(path, error) from error
 
 
@@ -210,7 +225,7 @@ def _text_batches(path: str, columns: tuple[str | None, ...]) -> Iterator[pa.Tab
                     pending = []
             if pending:
                 yield _table(pending)
-    except (OSError, EOFError) as error:
+    except DAMAGED as error:
         raise _unreadable(path, error) from error
 
 
@@ -253,7 +268,7 @@ def read_domains(path: str) -> frozenset[str]:
     try:
         with open_text(path) as text:
             lines = text.read().splitlines()
-    except OSError as error:
+    except DAMAGED as error:
         raise _unreadable(path, error) from error
     found = set()
     for number, line in enumerate(lines, 1):

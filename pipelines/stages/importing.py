@@ -24,6 +24,7 @@ from pipelines import pieces, sources
 from pipelines.blocking import BY_BYTES, BY_URL, Blocked, without_blocked
 from pipelines.context import Context, Outcome
 from pipelines.download.shard import decode_failure
+from pipelines.download.url_list import valid_text
 from pipelines.run_directory import PartRecord, PartWriter, Source
 from pipelines.tars import TarIndex, beside, read_index
 
@@ -88,7 +89,7 @@ def execute(
         if kind == "tars":
             return _import_tars(context, origin, about, options)
         return _import_listing(context, kind, origin, about, options)
-    except (PermissionError, pa.ArrowInvalid) as error:
+    except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0][:200]
         raise UserError(f"{origin}: cannot be read ({reason})") from error
 
@@ -302,7 +303,7 @@ def _parquet_tables(origin: str, label_column: str | None) -> Iterator[pa.Table]
 
 
 def _columns(path: str, names: list[str], label_column: str | None) -> dict[str, str]:
-    there = ", ".join(names[:20]) or "none"
+    there = ", ".join(name[:80] for name in names[:20]) or "none"
     if "path" not in names:
         raise UserError(f"{path}: no column `path`; there are: {there}")
     if label_column is not None and label_column not in names:
@@ -317,7 +318,7 @@ def _text(array: pa.Array, name: str, path: str) -> pa.Array:
     if pa.types.is_dictionary(array.type):
         array = array.dictionary_decode()
     try:
-        return array.cast(pa.string())
+        return valid_text(array.cast(pa.string()))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
         raise UserError(f"{path}: column `{name}` holds {array.type}, where text is expected") from None
 
