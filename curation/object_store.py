@@ -5,6 +5,7 @@ is left after the client's retries ends the stage (`StoreError`), and the same c
 """
 
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from email.utils import parsedate_to_datetime
@@ -17,6 +18,9 @@ from curation.errors import GO_ON, UserError
 
 ATTEMPTS = 10
 """Of the client, per request, with growing pauses: about a minute. AWS_MAX_ATTEMPTS says otherwise."""
+BODY_ATTEMPTS = 6
+CUT_BODIES = ("ClientPayloadError", "IncompleteRead", "IncompleteReadError", "ResponseStreamingError")
+"""What a connection that breaks in the middle of an answer raises: no client tries that again often enough."""
 REFUSED = ("AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "403")
 _ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, UserError)
 _MISTAKES = (ValueError, TypeError, AttributeError, NotImplementedError, EOFError, MemoryError)
@@ -159,15 +163,20 @@ class Opened:
 
 def _guarded(call: Callable[..., Any], where: str) -> Callable[..., Any]:
     def guarded(*arguments: Any, **options: Any) -> Any:
-        try:
-            return call(*arguments, **options)
-        except (*_ANSWERS, *_MISTAKES):
-            raise
-        except Exception as error:  # clients of stores have exceptions of many libraries, none with a common base
-            if code_of(error) in CONDITIONS:
+        for attempt in range(1, BODY_ATTEMPTS + 1):
+            try:
+                return call(*arguments, **options)
+            except (*_ANSWERS, *_MISTAKES):
                 raise
-            first = arguments[0] if arguments and where.endswith("://") else ""
-            raise said(f"{where}{first if isinstance(first, str) else ''}", error) from error
+            except Exception as error:  # clients of stores have exceptions of many libraries, none with a common base
+                if code_of(error) in CONDITIONS:
+                    raise
+                if type(error).__name__ in CUT_BODIES and attempt < BODY_ATTEMPTS:
+                    time.sleep(0.1 * 2**attempt)
+                    continue
+                first = arguments[0] if arguments and where.endswith("://") else ""
+                raise said(f"{where}{first if isinstance(first, str) else ''}", error) from error
+        raise AssertionError("the last attempt returns or raises")
 
     return guarded
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import mmap
 import os
 import shutil
 import uuid
@@ -16,6 +17,8 @@ from curation import object_store
 from curation.errors import GO_ON, UserError, mendable
 
 REMOVED_AT_ONCE = 16
+SENT_IN_PIECES = 100 << 20
+"""Bytes from which s3fs sends an object in pieces."""
 
 
 def filesystem(path: str) -> tuple[Any, str]:
@@ -103,7 +106,7 @@ def read_bytes(path: str, offset: int = 0, length: int | None = None) -> bytes:
     return bytes(fs.cat_file(inner, start=offset, end=end))
 
 
-def write_whole(path: str, data: bytes) -> None:
+def write_whole(path: str, data: bytes | mmap.mmap) -> None:
     """Write a file that readers see whole or not at all: aside, then renamed; put whole on object stores.
 
     Raises UserError (exit code 1) for a full disk or a folder that cannot be written.
@@ -111,7 +114,9 @@ def write_whole(path: str, data: bytes) -> None:
     fs, inner = filesystem(path)
     try:
         if not is_local(path):
-            fs.pipe_file(inner, data)
+            # Clients send bytes, not maps of files; what is larger goes in several pieces, which are bytes.
+            whole = isinstance(data, bytes) or (fs.name in ("s3", "s3a") and len(data) >= SENT_IN_PIECES)
+            fs.pipe_file(inner, data if whole else bytes(data))
             return
         os.makedirs(os.path.dirname(inner) or ".", exist_ok=True)
         aside = f"{os.path.dirname(inner)}/.{os.path.basename(inner)}.{uuid.uuid4().hex}.tmp"

@@ -52,6 +52,7 @@ def start(address: str | None, workers: int | None) -> None:
     """Join the cluster at `address`, or start Ray in this process; nothing if it runs already."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_task_oom_retries", "3")  # Ray's own is for ever
     import ray
 
     if ray.is_initialized():

@@ -92,6 +92,7 @@ class Proxy:
             send(handler, 200, {"Content-Type": "application/json"}, json.dumps(self.done).encode())
             return
         faults = self.faults
+        handler.count = lambda amount: self.count("sent", amount)
         with self.lock:
             self.done["requests"] += 1
         if self.chance(faults.error):
@@ -120,9 +121,9 @@ class Proxy:
             return
         send(handler, status, headers, answer)
 
-    def count(self, what: str) -> None:
+    def count(self, what: str, amount: int = 1) -> None:
         with self.lock:
-            self.done[what] += 1
+            self.done[what] += amount
 
     def forward(self, handler: Any, body: bytes) -> tuple[int, dict[str, str], bytes]:
         connection = getattr(self.connections, "one", None)
@@ -195,6 +196,8 @@ def send(
     handler.end_headers()
     if handler.command == "HEAD":
         return
+    if hasattr(handler, "count"):
+        handler.count(len(body))
     step = max(1, -(-len(body) // 8)) if pause_s else max(1, len(body))
     for start in range(0, len(body) if until is None else until, step):
         handler.wfile.write(body[start : min(start + step, len(body) if until is None else until)])
