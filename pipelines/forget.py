@@ -270,9 +270,8 @@ def _take_out_of_stage(context: Context, folder: str, removal: Removal) -> Count
         for done in parts:
             total.update(done.removed)
         for kind, function in (("list", take_out_of_piece), ("keys", take_out_of_keys)):
-            paths = storage.list_files(generation.file(kind), ".parquet")
-            for done in collect(context, function, paths, removal):
-                total.update({f"{kind} {what}": count for what, count in done.removed.items()})
+            for done in collect(context, function, storage.list_files(generation.file(kind), ".parquet"), removal):
+                total.update(done.removed)
         if parts:
             _record(directory, generation, parts, removal.certificate)
     return total
@@ -311,7 +310,7 @@ def _renew_card(generation: Generation, certificate_path: str) -> None:
 
 def _remove_assignments(run: RunDirectory, removed: Mapping[str, Counter[str]]) -> None:
     """Sketches of copy embeddings that the search kept (`cells/*.npz`): they no longer fit what they were made of."""
-    if not any("copy_embedding" in what for what in removed.get("score", ())):
+    if not any("copy embedding" in what for what in removed.get("score", ())):
         return
     directory = run.stage("dedup-search")
     for generation in directory.all_generations():

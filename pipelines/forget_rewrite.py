@@ -70,14 +70,14 @@ def take_out_of_part(task: tuple[str, str], removal: Removal) -> Done | None:
         return Done(path, rows, len(data), storage.sha256(data), files, known)
     table = pq.read_table(pa.BufferReader(data))
     counts: Counter[str] = Counter()
-    shards = _erase_bytes(table, folder, files, removal, counts)
+    shards = _erase_bytes(table, folder, removal, counts)
     for relative in sorted(files):
         if relative.endswith(".parquet"):
             done = take_out_of_table(storage.join(folder, relative), removal)
             if done is not None:
                 files[relative] = {"bytes": done.bytes, "sha256": done.sha256}
-                kind = relative.split("/", 1)[0]
-                counts.update({f"{kind} {what}": count for what, count in done.removed.items()})
+                kind = relative.split("/", 1)[0].replace("_", " ")
+                counts.update({f"{what} of {kind}": count for what, count in done.removed.items()})
         elif relative in shards:
             files[relative] |= {"sha256": shards[relative]}
     left, mine = without(table, removal.ids)
@@ -133,7 +133,7 @@ def take_out_of_keys(path: str, removal: Removal) -> Done | None:
     gone = is_hidden(table["id"].to_numpy(), removal.ids)
     if not gone.any():
         return None
-    counts = Counter({"rows": int(gone.sum())})
+    counts = Counter({"hashes of listed URLs": int(gone.sum())})
     return _write(path, table.filter(pa.array(~gone)), metadata, removal, counts)
 
 
@@ -147,7 +147,7 @@ def take_out_of_piece(path: str, removal: Removal) -> Done | None:
     rows = int(sum(mask.sum() for mask in masks))
     if known is not None or not rows:
         return None if known is None else Done(path, 0, 0, "", {}, known)
-    counts = Counter({"rows": rows})
+    counts = Counter({"rows of the list emptied": rows})
     sink = io.BytesIO()
     schema = file.schema_arrow.with_metadata(_noted(metadata, removal, counts))
     with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
@@ -213,9 +213,7 @@ def _without_entries(table: pa.Table, name: str, inner: str, ids: np.ndarray) ->
     return table.set_column(at, table.schema.field(name), made), int((~stays).sum())
 
 
-def _erase_bytes(
-    table: pa.Table, folder: str, files: Mapping[str, Any], removal: Removal, counts: Counter[str]
-) -> dict[str, str]:
+def _erase_bytes(table: pa.Table, folder: str, removal: Removal, counts: Counter[str]) -> dict[str, str]:
     """Overwrite the bytes of images in the tars beside a part; the new sha256 of each tar that was touched."""
     if "shard" not in table.column_names:
         return {}
@@ -223,14 +221,14 @@ def _erase_bytes(
     rows = rows.filter(pa.array(_is_among(rows["image_id"], removal.ids))).to_pylist()
     inside = folder.removeprefix(removal.root.rstrip("/") + "/")
     found: dict[str, str] = {}
-    for relative in sorted(files):
-        places = [(r["offset"], r["length"]) for r in rows if r["shard"] == f"{inside}/{relative}"]
-        if places:
-            path = storage.join(folder, relative)
-            erase(path, places)
-            found[relative] = file_sha256(path)
-            kind = relative.split("/", 1)[0]
-            counts.update({f"{kind} images": len(places), f"{kind} bytes": sum(length for _, length in places)})
+    for shard in sorted({row["shard"] for row in rows if (row["shard"] or "").startswith(f"{inside}/")}):
+        places = [(row["offset"], row["length"]) for row in rows if row["shard"] == shard]
+        path = storage.join(removal.root, shard)
+        erase(path, places)
+        relative = shard.removeprefix(f"{inside}/")
+        found[relative] = file_sha256(path)
+        kind = "blurred copies" if relative.startswith("faces/") else "images in shards"
+        counts.update({kind: len(places), f"bytes of {kind}": sum(length for _, length in places)})
     return found
 
 

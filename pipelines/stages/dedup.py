@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from curation.duplicates.scratch import Scratch
     from pipelines.duplicate_choice import Choice
     from pipelines.duplicate_forests import Search, StoredForest
+    from pipelines.duplicate_forgotten import Joints
     from pipelines.duplicate_inputs import Inputs
     from pipelines.duplicate_relative import Relative
 
@@ -237,7 +238,7 @@ class _Dedup:
         told["cut"] = choice.cuts[: chains.COMPONENTS]
         put("components.json", json_bytes(told))
         put("references.json", json_bytes(relative.decided.sets))
-        self._tables(nodes, choice, relative, scratch, self_forest, forgotten)
+        self._tables(nodes, choice, relative, scratch, self_forest, forgotten, joints)
         kept_out = int(self.generation.total("forgotten"))
         if kept_out:
             text = f"{kept_out:,} images are copies of forgotten ones (cosine above {config.threshold}): kept out"
@@ -290,6 +291,7 @@ class _Dedup:
         scratch: "Scratch",
         self_forest: "StoredForest",
         forgotten: "np.ndarray",
+        joints: "Joints",
     ) -> None:
         """Leave the decisions where the workers find them, and write the rows of this generation's parts."""
         from curation.duplicates import forest
@@ -297,7 +299,9 @@ class _Dedup:
         from pipelines.columns import empty_in
 
         inputs = self.inputs
-        nearest, similarity = forest.nearest(self_forest, nodes.count, empty_in(self.generation.directory))
+        joint = joints.among(nodes.ids[0])
+        named = (rows[~joint[rows["low"]] & ~joint[rows["high"]]] for rows in self_forest)
+        nearest, similarity = forest.nearest(named, nodes.count, empty_in(self.generation.directory))
         hits = relative.join.hits
         copies, originals = inputs.copies
         scratch.put(
