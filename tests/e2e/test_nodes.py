@@ -1,33 +1,44 @@
-"""The same bytes from one worker, from two, and from a Ray cluster of two nodes."""
+"""The same bytes from one worker, from two, from nodes of a Ray cluster, and from nodes that die."""
 
 import hashlib
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Iterator
+import shutil
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from cli.main import app
 from curation import vectors
 from curation.duplicates.join import self_join
 from curation.duplicates.members import Members, whole_set
 from curation.duplicates.scratch import Scratch
 from curation.duplicates.tasks import JoinOptions
 from pipelines import cluster
+from tests.e2e.machines import Cluster, Node, results
+from tests.e2e.pictures import write_config
 
-TWO_NODES = """
-import sys
-from ray.cluster_utils import Cluster
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-cluster.add_node(num_cpus=1)
-print(cluster.address, flush=True)
-sys.stdin.readline()
-cluster.shutdown()
-"""
+MODEL = "sscd_distilled"
+"""Also as the semantic model: it starts in a third of the time that torch takes."""
+EVERY = (
+    "import",
+    "score",
+    "filter",
+    "dedup-search",
+    "dedup",
+    f"embed/{MODEL}",
+    "cluster",
+    "retrieve",
+    "balance",
+    "mix",
+    "manifest",
+    "report",
+)
 
 
 def make(folder: Path, count: int, dimension: int) -> None:
@@ -61,49 +72,107 @@ def test_join_through_cells_gives_the_same_forest_in_ray_tasks_and_in_this_proce
     assert here.forest.tobytes() == there.forest.tobytes() and here.report == there.report
 
 
-@pytest.fixture
-def two_nodes() -> Iterator[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-c", TWO_NODES],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        yield process.stdout.readline().strip()
-    finally:
-        process.stdin.write("\n")
-        process.stdin.close()
-        process.wait(timeout=60)
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_one_worker_two_workers_and_two_nodes_write_the_same_duplicates(tmp_path: Path) -> None:
+    make(tmp_path / "vectors", 36_000, 512)
+    found = []
+    with Cluster() as nodes:
+        nodes.add()
+        for number, more in enumerate((["--workers", "1"], ["--workers", "2"], ["--ray-address", nodes.address])):
+            out = tmp_path / f"out-{number}"
+            done = nodes.curate("dedup", "--embeddings", tmp_path / "vectors", "--out", out, "--json", *more)
+            said = done.communicate(timeout=900)[0]
+            assert done.returncode == 0, said
+            assert "cells" in said.strip().splitlines()[-1]
+            found.append(digest(out))
+    assert found[0] and found[0] == found[1] == found[2]
+
+
+@pytest.fixture(scope="module")
+def one_machine(tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> tuple[Path, dict[str, bytes]]:
+    """A folder with a run made by two workers of this machine, and its bytes."""
+    root = tmp_path_factory.mktemp("nodes")
+    done = CliRunner().invoke(app, ["run", str(write_config(root, root / "one", MODEL, detectors=False)), "--json"])
+    assert done.exit_code == 0, done.output
+    return root, results(root / "one")
+
+
+def compare(found: dict[str, bytes], expected: dict[str, bytes]) -> None:
+    assert found.keys() == expected.keys()
+    assert not [path for path in expected if expected[path] != found[path]]
+
+
+def stages_begun(run: Path) -> set[str]:
+    """Stages that stand in the events."""
+    if not (run / "events.jsonl").exists():
+        return set()
+    lines = (run / "events.jsonl").read_text().split("\n")[:-1]
+    events = [json.loads(line) for line in lines]
+    return {event["stage"] for event in events if event["event"] in ("stage_start", "parts")}
 
 
 @pytest.mark.long
-def test_one_worker_two_workers_and_two_nodes_write_the_same_duplicates(tmp_path: Path, two_nodes: str) -> None:
-    make(tmp_path / "vectors", 36_000, 512)
-    found = []
-    for number, more in enumerate((["--workers", "1"], ["--workers", "2"], ["--ray-address", two_nodes])):
-        out = tmp_path / f"out-{number}"
-        command = [
-            sys.executable,
-            "-m",
-            "cli.main",
-            "dedup",
-            "--embeddings",
-            str(tmp_path / "vectors"),
-            "--out",
-            str(out),
-        ]
-        done = subprocess.run(
-            [*command, "--json", *more],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"PYTHONPATH": os.getcwd()},
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        summary = json.loads(done.stdout.strip().splitlines()[-1])
-        assert "cells" in json.dumps(summary)
-        found.append(digest(out))
-    assert found[0] and found[0] == found[1] == found[2]
+@pytest.mark.timeout(2400)
+def test_three_nodes_of_which_one_is_killed_in_every_stage_write_the_bytes_of_one_machine(
+    one_machine: tuple[Path, dict[str, bytes]],
+) -> None:
+    root, expected = one_machine
+    config = write_config(root, root / "three", MODEL, detectors=False)
+    killed: list[str] = []
+    at_work: list[str] = []
+    with Cluster(head_cpus=0) as nodes, ThreadPoolExecutor() as pool:
+        living = [nodes.add(), nodes.add()]
+        joining: list[Future[Node]] = []
+        with open(root / "three.log", "w+") as log:
+            process = nodes.curate("run", config, "--ray-address", nodes.address, output=log)
+            while process.poll() is None:
+                fresh = [stage for stage in EVERY if stage in stages_begun(root / "three") and stage not in killed]
+                living += [future.result() for future in joining if future.done()]
+                joining = [future for future in joining if not future.done()]
+                if fresh and living:
+                    victim, busy = chosen(living, time.monotonic() + 2)
+                    victim.kill()
+                    living.remove(victim)
+                    killed.append(fresh[0])
+                    at_work += fresh[:1] if busy else []
+                    joining.append(pool.submit(nodes.add))
+                time.sleep(0.05)
+            log.seek(0)
+            assert process.returncode == 0, log.read()[-3000:]
+        for future in joining:
+            future.result()
+    print(f"killed in {killed}, of these at work in {at_work}")
+    assert len(killed) >= len(EVERY) - 1 and at_work
+    compare(results(root / "three"), expected)
+
+
+def chosen(living: list[Node], deadline: float) -> tuple[Node, bool]:
+    """A node that is at work, or any when none is until the deadline."""
+    while time.monotonic() < deadline:
+        for node in living:
+            if node.is_at_work():
+                return node, True
+        time.sleep(0.02)
+    return living[0], False
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("ip"), reason="network namespaces are made by root")
+def test_machines_that_share_a_network_and_one_folder_write_the_bytes_of_one(
+    one_machine: tuple[Path, dict[str, bytes]],
+) -> None:
+    root, expected = one_machine
+    with Cluster(head_cpus=1, isolated=True) as nodes:
+        nodes.add()
+        nodes.add()
+        hidden = write_config(root, nodes.folder / "local" / "run", MODEL, detectors=False)
+        process = nodes.curate("run", hidden, "--ray-address", nodes.address)
+        said = process.communicate(timeout=600)[0]
+        assert process.returncode == 2 and "is not the same folder on" in said, said
+        config = write_config(root, root / "apart", MODEL, detectors=False)
+        process = nodes.curate("run", config, "--ray-address", nodes.address)
+        said = process.communicate(timeout=1500)[0]
+        assert process.returncode == 0, said[-3000:]
+    compare(results(root / "apart"), expected)
