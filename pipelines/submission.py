@@ -29,7 +29,7 @@ ENTRY = ("python", "-m", "cli.main")
 CONFIGURATION = "run.yaml"
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 LOOK_S = 1.0
-SETTLE_S = 30.0
+SETTLE_S, CODE_S = 30.0, 5.0
 LOST_CONTACT_S = 60.0
 """How long a connection to the job server is tried again before it is given up; the job does not notice."""
 TALKATIVE = (
@@ -261,7 +261,7 @@ def _asked[T](address: str, question: Callable[[], T], job: str | None = None) -
 
 def _settled(client: Any, found: Job) -> Job:
     """The exit code is written a moment after the state."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + CODE_S
     while found.state == "FAILED" and found.exit_code is None and time.monotonic() < deadline:
         time.sleep(LOOK_S / 5)
         found = _job(client.get_job_info(found.job))

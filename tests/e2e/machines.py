@@ -4,6 +4,7 @@ With `isolated` every node has its own network namespace and a temporary folder 
 have: only root can make these.
 """
 
+import itertools
 import json
 import os
 import secrets
@@ -139,6 +140,7 @@ class Cluster:
             subprocess.run(["ip", "link", "add", self.bridge, "type", "bridge"], check=True)
             subprocess.run(["ip", "link", "set", self.bridge, "up"], check=True)
         self.nodes: list[Node] = []
+        self.numbers = itertools.count(1)
         asked = [f"--dashboard-host={self.host}", f"--dashboard-port={self.jobs_port}"]
         self.address = f"{self.host}:{self.port}"
         self.jobs_address = f"http://{self.host}:{self.jobs_port}"
@@ -181,7 +183,7 @@ class Cluster:
     def _started(self, arguments: list[str]) -> Node:
         for _ in range(ATTEMPTS):
             # A head has the first address of the network, also when it is tried again.
-            node = Node(self, 0 if "--head" in arguments else len(self.nodes), arguments)
+            node = Node(self, 0 if "--head" in arguments else next(self.numbers), arguments)
             deadline = time.monotonic() + START_S
             while node.process.poll() is None and time.monotonic() < deadline:
                 if "Ray runtime started" in node.log.read_text():
