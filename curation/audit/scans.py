@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet, storage
 from curation.hidden import hide
 from curation.order import hash_keys
 from curation.schemas import SOURCE_SHIFT
@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # these bring pandas along, and `curate --help` need not wait
     import pyarrow.dataset as ds
 
 BATCH_ROWS = 1 << 16
-GROUPS_PER_PASS = 1 << 24
+GROUPS_PER_PASS = 1 << 23
 """Group-bys over ids run in so many passes that one pass holds at most about this many groups."""
 COUNTED_GROUPS = 1 << 20
 """`top_counts` holds at most about twice so many groups."""
@@ -52,11 +52,13 @@ def open_parts(paths: Sequence[str]) -> "ds.Dataset":
     """Parquet files, local or of any fsspec filesystem, as one dataset. paths: at least one, all of one filesystem."""
     import pyarrow.dataset as ds
 
+    checked = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+    form = ds.ParquetFileFormat(default_fragment_scan_options=checked)
     if all(storage.is_local(path) for path in paths):
-        return ds.dataset([storage.filesystem(path)[1] for path in paths], format="parquet")
+        return ds.dataset([storage.filesystem(path)[1] for path in paths], format=form)
     fs = storage.filesystem(paths[0])[0]
     inner = [storage.filesystem(path)[1] for path in paths]
-    return ds.dataset(inner, format="parquet", filesystem=pafs.PyFileSystem(pafs.FSSpecHandler(fs)))
+    return ds.dataset(inner, format=form, filesystem=pafs.PyFileSystem(pafs.FSSpecHandler(fs)))
 
 
 def stream(
@@ -68,9 +70,15 @@ def stream(
     """
     if not paths:
         return
-    for batch in open_parts(paths).to_batches(
-        columns=columns, filter=where, batch_size=BATCH_ROWS, batch_readahead=4, fragment_readahead=2
-    ):
+    with parquet.one_named(paths):
+        batches = open_parts(paths).to_batches(
+            columns=columns, filter=where, batch_size=BATCH_ROWS, batch_readahead=4, fragment_readahead=2
+        )
+    while True:
+        with parquet.one_named(paths):
+            batch = next(batches, None)
+        if batch is None:
+            return
         if batch.num_rows:
             table = pa.Table.from_batches([batch])
             yield hide(table, hidden, column) if len(hidden) else table
@@ -90,7 +98,8 @@ def count_by(paths: Sequence[str], keys: Mapping[str, Any], where: Any = None) -
     steps.append(
         acero.Declaration("aggregate", acero.AggregateNodeOptions([([], "hash_count_all", None, "images")], keys=names))
     )
-    counted = acero.Declaration.from_sequence(steps).to_table()
+    with parquet.one_named(paths):
+        counted = acero.Declaration.from_sequence(steps).to_table()
     return counted.select([*names, "images"]).sort_by([(name, "ascending") for name in names])
 
 

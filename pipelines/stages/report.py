@@ -110,11 +110,12 @@ def build(
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """(files by relative path, summary), together at most `max_bytes`, else UserError."""
     pages = _pages(context.run, run, extra)
-    sheets = site.chunks(pages, figures.TILES_PER_SHEET)
+    sheets = [
+        np.array(images, np.uint64)[~is_hidden(np.array(images, np.uint64), run.hidden)].tolist()
+        for images in site.chunks(pages, figures.TILES_PER_SHEET)
+    ]
     wanted = [image for images in sheets for image in images]
-    shown = np.array(wanted, np.uint64)
-    shown = shown[~is_hidden(shown, run.hidden)]
-    rows = {int(r["image_id"]): r for r in tables.locations(run.images, shown).to_pylist()}
+    rows = {int(r["image_id"]): r for r in tables.locations(run.images, np.array(wanted, np.uint64)).to_pylist()}
     drawn = Drawn(pages, rows, {s.number: s.name for s in context.run.sources()}, run.hidden, wanted, max_bytes)
     reserve = sum(map(len, drawn.files().values())) + BYTES_PER_TILE
     for made in _sheets(context, rows, sheets):

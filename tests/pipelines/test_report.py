@@ -228,6 +228,7 @@ def test_hidden_images_are_on_no_page_and_counted_in_one_line(tmp_path: Path, mo
         assert not {("web", "0"), ("web", "2"), ("web", "11"), ("web", "13"), ("flowers", "0")} & set(shown), name
     assert "5 images are hidden (1 forgotten, 4 dropped by decisions)" in words_of(pages["index"])
     assert "1 hidden" in words_of(pages["duplicates"])
+    assert "could not be read" not in words_of(pages["index"])
     assert report.execute(manifest_context, ReportConfig()).skipped
     (tmp_path / "decisions" / "a.parquet").unlink()
     assert not report.execute(manifest_context, ReportConfig()).skipped
