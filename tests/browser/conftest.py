@@ -15,6 +15,7 @@ LAPTOP = {"width": 1366, "height": 800}
 AXE = {
     "runOnly": {"type": "tag", "values": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]},
     "resultTypes": ["violations"],
+    "preload": False,  # it would fetch the style sheet, which the policy of the pages forbids
 }
 
 
