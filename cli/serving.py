@@ -139,7 +139,7 @@ def _require_packages() -> None:
     try:
         import duckdb  # noqa: F401
         import fastapi  # noqa: F401
-        import multipart  # noqa: F401
+        import python_multipart  # noqa: F401
         import prometheus_client  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:

@@ -62,7 +62,9 @@ def line(stage: dict[str, Any], running: bool) -> str:
     """A stage in one line."""
     parts = f", {stage['done']:,} of {stage['total']:,} parts" if stage["total"] else ""
     rate = (
-        f", {stage['rows_per_second']:,.1f} rows/s" if stage["rows_per_second"] and stage["state"] == "running" else ""
+        f", {stage['rows_per_second']:,.1f} rows/s"
+        if stage["rows_per_second"] and _state(stage, running) == "running"
+        else ""
     )
     left = (
         f", {duration(stage['remaining_seconds'])} left" if running and stage["remaining_seconds"] is not None else ""

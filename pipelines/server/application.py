@@ -88,4 +88,4 @@ def _invalid(request: Request, error: Any) -> Response:
 
 
 def _sentence(request: Request, error: Any) -> Response:
-    return _answer(request, 503 if error.exit_code == 1 else 422, str(error))
+    return _answer(request, 409 if error.exit_code == 1 else 422, str(error))

@@ -7,6 +7,7 @@ named by the digest of what it was made of; it is there when its `index.json` is
 import hashlib
 import json
 import os
+import resource
 import shutil
 import time
 import uuid
@@ -39,7 +40,8 @@ SCORES = {
     "nsfw": "nsfw",
     "contrast": "contrast",
     "min_side": "least(original_width, original_height)::REAL",
-    "aspect_ratio": "greatest(original_width, original_height)::REAL / nullif(least(original_width, original_height), 0)",
+    "aspect_ratio": "greatest(original_width, original_height)::REAL "
+    "/ nullif(least(original_width, original_height), 0)",
     "similarity": "similarity",
 }
 """Columns by which images can be listed in order."""
@@ -85,10 +87,12 @@ def build(run: RunDirectory, root: str, tell: Tell = lambda text: None) -> str:
         os.makedirs(aside)
         with open(os.path.join(root, ".gitignore"), "w", encoding="ascii") as file:
             file.write("*\n")
-        started = time.monotonic()
-        document = {"digest": name, "stages": {}}
+        started, cpu = time.monotonic(), time.process_time()
+        document: dict[str, Any] = {"digest": name, "stages": {}}
         _Build(tables, aside, tell, document).all()
         document["seconds"] = round(time.monotonic() - started, 2)
+        document["cpu_seconds"] = round(time.process_time() - cpu, 2)
+        document["peak_bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         document["bytes"] = _size(aside)
         with open(os.path.join(aside, DONE), "w", encoding="utf-8") as file:
             json.dump(document, file, indent=1)
@@ -161,8 +165,8 @@ class _Build:
         """Kind -> query over `part` that gives (key, row)."""
         queries = {
             "url": "SELECT hash(full_url), row FROM part WHERE full_url IS NOT NULL",
-            "sha256": "SELECT hash(sha256), row FROM part WHERE sha256 IS NOT NULL UNION ALL SELECT hash(stored_sha256), "
-            "row FROM part WHERE stored_sha256 IS NOT NULL AND stored_sha256 IS DISTINCT FROM sha256",
+            "sha256": "SELECT hash(sha256), row FROM part WHERE sha256 IS NOT NULL UNION ALL "
+            "SELECT hash(stored_sha256), row FROM part WHERE stored_sha256 IS NOT NULL AND stored_sha256 IS DISTINCT FROM sha256",
             "pixel": "SELECT hash(pixel_sha256), row FROM part WHERE pixel_sha256 IS NOT NULL",
             "pca": "SELECT pca_hash, row FROM part WHERE pca_hash IS NOT NULL",
             "host": "SELECT hash(host), row FROM part WHERE host IS NOT NULL",
@@ -179,7 +183,8 @@ class _Build:
             )
         if self.tables.mix:
             queries["brought"] = (
-                "SELECT hash(s), row FROM (SELECT unnest(list_distinct(sources)) s, row FROM part WHERE weight IS NOT NULL)"
+                "SELECT hash(s), row FROM "
+                "(SELECT unnest(list_distinct(sources)) s, row FROM part WHERE weight IS NOT NULL)"
             )
         if self.tables.duplicates:
             queries["reference"] = (
@@ -271,9 +276,10 @@ class _Build:
             )
             self.into(
                 "hits",
-                "SELECT name, count(*), count(*) FILTER (reason = 'reference'), max(most) FROM (SELECT r.reference_set AS "
-                'name, row, any_value(reason) AS reason, max(r.similarity) AS most FROM (SELECT unnest("references") r, '
-                'row, reason FROM part WHERE "references" IS NOT NULL) GROUP BY ALL) GROUP BY name',
+                "SELECT name, count(*), count(*) FILTER (reason = 'reference'), max(most) FROM "
+                "(SELECT r.reference_set AS name, row, any_value(reason) AS reason, max(r.similarity) AS most FROM "
+                '(SELECT unnest("references") r, row, reason FROM part WHERE "references" IS NOT NULL) GROUP BY ALL) '
+                "GROUP BY name",
                 "name VARCHAR, images BIGINT, dropped BIGINT, most REAL",
             )
             self.into(
@@ -369,7 +375,8 @@ class _Build:
             "GROUP BY ALL ORDER BY images DESC, host, status, error",
         )
         self.document["counts"] = self.dictionaries(
-            "SELECT source, status, error, sum(images)::BIGINT AS images FROM counts GROUP BY ALL ORDER BY ALL LIMIT 5000"
+            "SELECT source, status, error, sum(images)::BIGINT AS images FROM counts "
+            "GROUP BY ALL ORDER BY ALL LIMIT 5000"
         )
         sums = ", ".join(f"sum({n})::BIGINT AS {n}" for n in ("listed", "fetched", "usable", "kept", "chosen", "bytes"))
         self.document["steps"] = self.dictionaries(
@@ -423,7 +430,7 @@ class _Build:
 
     def cluster_rows(self, level: int, places: dict[str, np.ndarray]) -> None:
         self.db.execute(
-            f"CREATE TABLE place AS SELECT NULL::INTEGER AS cluster, NULL::REAL AS x, NULL::REAL AS y, "
+            "CREATE TABLE place AS SELECT NULL::INTEGER AS cluster, NULL::REAL AS x, NULL::REAL AS y, "
             "NULL::INTEGER AS parent LIMIT 0"
         )
         if places:
@@ -449,20 +456,20 @@ class _Build:
         self.write_rows(
             f"clusters_{level}",
             f"SELECT s.*, p.x, p.y, p.parent, b.brought FROM (SELECT cluster, sum(images)::BIGINT AS images, "
-            f"sum(chosen)::BIGINT AS chosen, sum(distance) / sum(images) AS distance FROM sizes_{level} GROUP BY cluster) s "
-            f"LEFT JOIN place p USING (cluster) LEFT JOIN ({brought}) b USING (cluster) ORDER BY images DESC, cluster",
+            f"sum(chosen)::BIGINT AS chosen, sum(distance) / sum(images) AS distance FROM sizes_{level} "
+            f"GROUP BY cluster) s LEFT JOIN place p USING (cluster) LEFT JOIN ({brought}) b USING (cluster) ORDER BY images DESC, cluster",
         )
         self.db.execute("DROP TABLE place")
         effective = (
-            f"SELECT count(*) AS clusters, count(*) FILTER (q > 0) AS chosen_from, exp(-sum(p * ln(p)) FILTER (p > 0)) AS before, "
-            f"exp(-sum(q * ln(q)) FILTER (q > 0)) AS after FROM (SELECT sum(images) / sum(sum(images)) "
+            f"SELECT count(*) AS clusters, count(*) FILTER (q > 0) AS chosen_from, "
+            f"exp(-sum(p * ln(p)) FILTER (p > 0)) AS before, exp(-sum(q * ln(q)) FILTER (q > 0)) AS after FROM (SELECT sum(images) / sum(sum(images)) "
             f"OVER () AS p, sum(chosen) / nullif(sum(sum(chosen)) OVER (), 0) AS q FROM sizes_{level} GROUP BY cluster)"
         )
         self.document.setdefault("balance", {})[str(level)] = self.dictionaries(effective)[0]
 
     def retrieval(self) -> None:
         columns = ["image_id", "seed_set", "seed_id", "mode", "rank", "similarity", "cluster_id"]
-        kinds = "UBIGINT, VARCHAR, UBIGINT, VARCHAR, INTEGER, REAL, INTEGER".split(", ")
+        kinds = ["UBIGINT", "VARCHAR", "UBIGINT", "VARCHAR", "INTEGER", "REAL", "INTEGER"]
         described = ", ".join(f"{name} {kind}" for name, kind in zip(columns, kinds, strict=True))
         for batch in run_tables.stream(self.tables.retrieval, columns):
             self.db.register("part", pa.Table.from_batches([batch]))

@@ -581,12 +581,10 @@ def balance(index: Opened) -> Values:
     table = {"title": "Levels", "columns": [("Level", False), *((n, True) for n in heads)], "rows": levels}
     table["text"] = "exp of the entropy of the shares: so many equal clusters would be as even."
     before, after, gini = _shares(index)
-    drawn = [
-        (
-            "Share of the clusters, the largest of the pool first",
-            charts.before_after(before, after, "Shares of clusters"),
-        )
-    ]
+    drawn = []
+    if len(before):
+        words = "Share of the clusters, the largest of the pool first"
+        drawn.append((words, charts.before_after(before, after, "Shares of clusters")))
     steps = [s for s in index.document.get("steps", []) if s["kept"] is not None or s["usable"]]
     totals = {n: sum(s[n] or 0 for s in steps) or 1 for n in ("usable", "chosen")}
     sources = [
@@ -601,7 +599,7 @@ def balance(index: Opened) -> Values:
     return {
         "lead": f"Gini coefficient over the leaf clusters: {gini[0]:.3f} in the pool, {gini[1]:.3f} in the dataset "
         "(0 is even, 1 is all in one).",
-        "charts": drawn if len(before) else [],
+        "charts": drawn,
         "tables": [table, {"title": "Sources", "columns": columns, "rows": sources}],
     }
 

@@ -268,7 +268,11 @@ class Opened:
                 if kind in self.groups:
                     images = self.listed({kind: data}, None, limit).images
                     found |= {int(i["image_id"]): i for i in images if any(i.get(name) == data for name in names)}
-        value = int(text, 16) if len(text) == 16 and HEX.fullmatch(text) else int(text) if text.isdecimal() else -1
+        value = -1
+        if len(text) == 16 and HEX.fullmatch(text):
+            value = int(text, 16)
+        elif len(text) <= 20 and text.isascii() and text.isdecimal():
+            value = int(text)
         if 0 <= value < 1 << 64 and "pca" in self.groups:
             found |= {int(i["image_id"]): i for i in self.listed({"pca": value}, None, limit).images}
         return [found[key] for key in sorted(found)][:limit]

@@ -78,16 +78,16 @@ def images(parts: RunParts) -> Iterator[pa.Table]:
     last = -1
     for group in _by_part(parts.images):
         for table in _blocks(group):
-            table = _once(table)
-            ids = table["image_id"].to_numpy()
+            joined = _once(table)
+            ids = joined["image_id"].to_numpy()
             if not len(ids):
                 continue
             if int(ids[0]) <= last:
                 raise UserError(f"{group[0]}: ids out of order; tables of a run are sorted by image_id", exit_code=1)
             last = int(ids[-1])
             for other in others:
-                table = other.joined(table, ids)
-            yield table
+                joined = other.joined(joined, ids)
+            yield joined
 
 
 def _by_part(paths: Sequence[str]) -> Iterator[list[str]]:

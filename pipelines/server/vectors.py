@@ -1,9 +1,9 @@
 """More like this: vectors as bytes, sorted by cell, of which a search reads the nearest cells alone.
 
-Cells are k-means of two levels (groups of centroids, searched as `nearest.Grouping` does), so that a vector is compared
-with a few hundred centroids at any number of rows. A vector is rotated to at most CODED principal components where it has
-more, and each is stored as one byte. The build measures recall@NEAREST against exact search over all vectors, for
-several numbers of cells, and takes the fewest that reach WANTED.
+Cells are k-means of two levels (groups of centroids, searched as `nearest.Grouping` does), so that a vector is
+compared with a few hundred centroids at any number of rows. A vector is rotated to at most CODED principal components
+where it has more, and each is stored as one byte. The build finds the nearest of some queries by exact search over all vectors,
+reads so many cells that they hold WANTED of these, and measures the recall of its own searches.
 """
 
 import json
@@ -30,7 +30,7 @@ PROBES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 MOST_CELLS = 1 << 16
 ROWS_PER_CELL = 1500
 SAMPLED_PER_CELL = 32
-QUERIES = 200
+QUERIES = 150
 ITERATIONS = 8
 ABSENT = np.uint32(0xFFFFFFFF)
 Tell = Callable[[str], None]
@@ -232,27 +232,40 @@ def _rows_of(every: Sorted, ids: np.ndarray) -> np.ndarray:
 
 
 def _measured(folder: str, queries: _Queries, cells: int) -> dict[str, Any]:
-    """Recall at several numbers of cells, and the number to read."""
+    """The number of cells to read, and the recall that searches have that read so many.
+
+    Which cells hold the true neighbours says what any number of them could find; the number chosen is then searched.
+    """
     ids = Sorted(os.path.join(os.path.dirname(os.path.dirname(folder)), "ids"), np.uint64)
     space = Space(folder, probes=1)
-    table: dict[int, float] = {}
-    for probes in sorted({min(p, cells) for p in PROBES}):
-        found = total = 0
-        for number, query in enumerate(queries.vectors):
-            wanted = queries.nearest[number][np.isfinite(queries.best[number])]
-            rows, _ = space.search(query, NEAREST + 1, probes=probes)
-            got = np.array([ids.read(int(r), int(r) + 1)[0] for r in rows], np.uint64)
-            got = got[got != queries.ids[number]][:NEAREST]
-            found += int(np.isin(wanted, got).sum())
-            total += len(wanted)
-        table[probes] = found / total if total else 1.0
-        if table[probes] >= WANTED:
-            break
+    ranks = np.concatenate([[0], *(_cell_ranks(space, ids, queries, number) for number in range(len(queries.vectors)))])
+    reachable = {probes: float(np.mean(ranks[1:] < probes)) if len(ranks) > 1 else 1.0 for probes in PROBES}
+    chosen = min(cells, next((p for p, share in reachable.items() if share >= WANTED), max(PROBES)))
+    found = total = 0
+    for number, query in enumerate(queries.vectors):
+        wanted = queries.nearest[number][np.isfinite(queries.best[number])]
+        rows, _ = space.search(query, NEAREST + 1, probes=chosen)
+        got = np.array([ids.read(int(r), int(r) + 1)[0] for r in rows], np.uint64)
+        got = got[got != queries.ids[number]][:NEAREST]
+        found += int(np.isin(wanted, got).sum())
+        total += len(wanted)
     space.close()
     ids.close()
-    chosen = next((p for p, recall in table.items() if recall >= WANTED), max(table))
-    recall = {str(p): round(value, 4) for p, value in table.items()}
-    return {"probes": chosen, "recall": round(table[chosen], 4), "recall_at": recall, "queries": len(queries.vectors)}
+    return {
+        "probes": chosen,
+        "recall": round(found / total, 4) if total else 1.0,
+        "in_cells": {str(p): round(share, 4) for p, share in reachable.items() if p <= cells},
+        "queries": len(queries.vectors),
+    }
+
+
+def _cell_ranks(space: "Space", ids: Sorted, queries: _Queries, number: int) -> np.ndarray:
+    """For each true neighbour of a query, how many cells are nearer to the query than the one that holds it."""
+    nearest = ids.find(queries.nearest[number][np.isfinite(queries.best[number])])
+    places = np.array([space.place(int(row)) for row in nearest if row >= 0])
+    places = places[places >= 0]
+    rank = np.argsort(np.argsort(space.distances(queries.vectors[number]), kind="stable"), kind="stable")
+    return np.asarray(rank[np.searchsorted(space.cells.starts, places, side="right") - 1])
 
 
 @dataclass(frozen=True)
@@ -295,12 +308,20 @@ class Space:
 
     def vector(self, row: int) -> np.ndarray | None:
         """The stored vector of an image, (bytes,) float32 in the rotated space, None where it has none."""
-        place = self._places.read(row, row + 1)
-        if not len(place) or place[0] == ABSENT:
+        place, width = self.place(row), len(self.cells.scale)
+        if place < 0:
             return None
-        width = len(self.cells.scale)
-        code = self._codes.read(int(place[0]) * width, (int(place[0]) + 1) * width)
-        return code.astype(np.float32) * self.cells.scale
+        return self._codes.read(place * width, (place + 1) * width).astype(np.float32) * self.cells.scale
+
+    def place(self, row: int) -> int:
+        """Where the vector of an image lies, -1 where it has none."""
+        held = self._places.read(row, row + 1)
+        return int(held[0]) if len(held) and held[0] != ABSENT else -1
+
+    def distances(self, query: np.ndarray, rotated: bool = False) -> np.ndarray:
+        """(cells,) float32: half the squared distances to the centroids, less a constant."""
+        turned = query if rotated or self.cells.rotation is None else query @ self.cells.rotation
+        return np.asarray(self.cells.halves - self.cells.centroids @ turned)
 
     def search(
         self, query: np.ndarray, count: int, *, probes: int | None = None, rotated: bool = False
@@ -309,7 +330,7 @@ class Space:
         cells = self.cells
         turned = query if rotated or cells.rotation is None else query @ cells.rotation
         near = min(probes or self.probes, len(cells.centroids))
-        scores = cells.halves - cells.centroids @ turned
+        scores = self.distances(turned, rotated=True)
         chosen = np.argpartition(scores, near - 1)[:near] if near < len(scores) else cells.order
         rows, cosines = [], []
         width = len(cells.scale)
