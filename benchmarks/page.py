@@ -1,4 +1,4 @@
-"""Writes the tables and plots of docs/performance.md, and the tables of docs/training.md, from benchmarks/results.
+"""Writes the tables and plots of docs/performance.md, the tables of docs/training.md and docs/reliability.md.
 
     python -m benchmarks.page
 
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import page_tables, plots, training_tables
+from benchmarks import page_tables, plots, reliability_tables, training_tables
 from benchmarks.page_data import Results
 
 ROOT = Path(__file__).parents[1]
@@ -35,6 +35,10 @@ SECTIONS: dict[str, Callable[[Results], str]] = {
     "billion": page_tables.billion,
 }
 TRAINING: dict[str, Callable[[Results], str]] = {"learns": training_tables.learns, "step": training_tables.step}
+RELIABILITY: dict[str, Callable[[Results], str]] = {
+    "chaos": reliability_tables.chaos,
+    "checksums": reliability_tables.checksums,
+}
 PLOTS: dict[str, Callable[[Results, Path], str]] = {
     "plot-join": plots.join,
     "plot-recall": plots.recall,
@@ -68,6 +72,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "performance.md")
     parser.add_argument("--training", type=Path, default=ROOT / "docs" / "training.md")
+    parser.add_argument("--reliability", type=Path, default=ROOT / "docs" / "reliability.md")
     parser.add_argument("--format", default="svg", choices=["svg", "png"], help="png: to look at, beside the page")
     arguments = parser.parse_args()
     results = Results(arguments.results)
@@ -75,13 +80,19 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     parts = {name: make(results) for name, make in SECTIONS.items()}
     of_training = {name: make(results) for name, make in TRAINING.items()}
+    of_reliability = {name: make(results) for name, make in RELIABILITY.items()}
     for name, draw in PLOTS.items():
         path = folder / f"{name.removeprefix('plot-')}.{arguments.format}"
         parts[name] = picture(draw, results, path)
     if arguments.format == "svg":
-        for page, found in ((arguments.page, parts), (arguments.training, of_training)):
+        pages = (
+            (arguments.page, parts),
+            (arguments.training, of_training),
+            (arguments.reliability, of_reliability),
+        )
+        for page, found in pages:
             page.write_text(filled(page.read_text(encoding="utf-8"), found), encoding="utf-8")
-    told = parts | of_training
+    told = parts | of_training | of_reliability
     print("\n".join(f"{name}: {'written' if text else 'no results'}" for name, text in told.items()))
 
 

@@ -52,6 +52,21 @@ def named(path: str) -> Iterator[None]:
         raise damaged(path, error) from error
 
 
+@contextmanager
+def one_named(paths: Sequence[str]) -> Iterator[None]:
+    """As `named`, for a scan of several files: Arrow does not say which it was, so they are read until it is found."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowInvalid) as error:
+        for path in paths:
+            with open_file(path) as file, named(path):
+                for group in range(file.num_row_groups):
+                    file.read_row_group(group, use_threads=False)
+        raise damaged(paths[0], error) from error
+
+
 def damaged(path: str, error: Exception) -> DamagedError:
     """The sentence for a file that is not what was written."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__

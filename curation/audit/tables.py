@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet
 from curation.audit.scans import (
     HOST,
     NOTHING,
@@ -328,9 +327,7 @@ def locations(paths: Sequence[str], ids: np.ndarray) -> pa.Table:
     ids = np.unique(ids)
 
     def read(path: str) -> pa.Table | None:
-        file = pq.ParquetFile(
-            storage.filesystem(path)[1] if storage.is_local(path) else pa.BufferReader(storage.read_bytes(path))
-        )
+        file = parquet.open_file(path)
         low, high = id_range(file)
         if low is not None and high is not None and not ((ids >= low) & (ids <= high)).any():
             return None

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from curation import parquet, storage, vectors
+from curation.audit import scans
 
 RANDOM = np.random.default_rng(0)
 IDS = np.arange(500, dtype=np.uint64)
@@ -53,6 +54,16 @@ def test_vectors_with_a_changed_byte_are_refused_by_every_way_in(tmp_path: Path)
     opened = vectors.open_folder(str(tmp_path))  # the footer is whole
     with pytest.raises(parquet.DamagedError, match="bytes have changed"):
         opened.read(opened.partitions[0])
+
+
+def test_a_scan_of_several_parts_names_the_damaged_one(tmp_path: Path) -> None:
+    changed = bytearray(TEXTS)
+    changed[len(changed) // 3] ^= 1
+    paths = [str(tmp_path / f"{n}.parquet") for n in range(3)]
+    for path, data in zip(paths, (TEXTS, changed, TEXTS), strict=True):
+        Path(path).write_bytes(data)
+    with pytest.raises(parquet.DamagedError, match=r"1\.parquet: .*bytes have changed"):
+        list(scans.stream(paths, ["url", "image_id", "x"]))
 
 
 def test_columns_come_in_the_order_asked_for(tmp_path: Path) -> None:
