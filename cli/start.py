@@ -231,9 +231,24 @@ def status(
             )
         for stage in found.stages:
             lines += [f"{stage.folder}: {count:,} {reason}" for reason, count in stage.failures.items()]
+        lines += _hidden_lines(found.hidden, run)
         print_result(found.document(), lines, as_json)
 
     handle_errors(call)
+
+
+def _hidden_lines(hidden: dict[str, int], run: str) -> list[str]:
+    """What no reader of the run shows."""
+    lines = []
+    if hidden.get("forgotten"):
+        lines.append(f"{hidden['forgotten']:,} images were forgotten: the certificates are in {run}/forgotten")
+    if hidden.get("dropped"):
+        lines.append(f"{hidden['dropped']:,} images are dropped by decisions of an auditor: no reader shows them")
+    if hidden.get("unfinished"):
+        lines.append(
+            f"`curate forget {run}` was stopped: its images are hidden, but not yet gone; the same call goes on"
+        )
+    return lines
 
 
 def _verify(run: str, repair: bool, as_json: bool) -> None:

@@ -6,7 +6,8 @@ Only ranges that the `download` table of this run names, in files under RUN/down
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from curation import storage
 from curation.errors import UserError
@@ -30,9 +31,11 @@ def erase_originals(context: Context) -> int:
         if generation.number in done:
             continue
         _mark(context, done, images)
+        shards: dict[str, str] = {}
         for part in input_parts(context, generation):
             if part.stage == "download":
-                erased += _erase_part(context, part, generation.writer.path(part.name))
+                erased += _erase_part(context, part, generation.writer.path(part.name), shards)
+        _record(context, shards)
         done = [*done, generation.number]
         _mark(context, done, images + erased)
     if erased:
@@ -55,7 +58,22 @@ def _mark(context: Context, generations: Sequence[int], images: int) -> None:
     storage.write_whole(context.run.path(STAGE, ERASED), (json.dumps(document) + "\n").encode())
 
 
-def _erase_part(context: Context, part: Part, scored_path: str) -> int:
+def _record(context: Context, shards: Mapping[str, str]) -> None:
+    """The shards' new checksums, so that nobody takes them for damaged. shards: sha256 by location."""
+    directory = context.run.stage("download")
+    for generation in directory.generations() if shards else ():
+        folder = context.run.relative(generation.directory)
+        parts = []
+        for part in generation.parts:
+            new = {name: shards[f"{folder}/{name}"] for name in part.files if f"{folder}/{name}" in shards}
+            files = {**part.files, **{name: {**part.files[name], "sha256": digest} for name, digest in new.items()}}
+            parts.append(replace(part, files=files))
+        if parts != generation.parts:
+            generation.parts = parts
+            directory.save(generation)
+
+
+def _erase_part(context: Context, part: Part, scored_path: str, shards: dict[str, str]) -> int:
     original = read_images(part.path, ["image_id", "shard", "offset", "length"]).to_pylist()
     scored = read_images(scored_path, ["image_id", "faces_blurred"]).to_pylist()
     ranges: dict[str, list[tuple[int, int]]] = {}
@@ -68,6 +86,7 @@ def _erase_part(context: Context, part: Part, scored_path: str) -> int:
             ranges.setdefault(before["shard"], []).append((before["offset"], before["length"]))
     for shard, places in sorted(ranges.items()):
         overwrite(context.run.resolve(shard), [(offset, bytes(length)) for offset, length in places])
+        shards[shard] = file_sha256(context.run.resolve(shard))
     return sum(len(places) for places in ranges.values())
 
 

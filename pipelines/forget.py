@@ -93,7 +93,7 @@ def forget(
         found = Forgotten(root, planned=plan)
         try:
             if not plan:
-                found.finished = [_finish(context, name) for name in pending(run.root)]
+                found.finished = finish_pending(context)
             if lists or caught:
                 _forget(context, found, lists, copies, caught)
         finally:
@@ -105,6 +105,8 @@ def forget(
 
 def _forget(context: Context, found: Forgotten, lists: Mapping[Kind, str], copies: bool | None, caught: bool) -> None:
     run = context.run
+    if not found.planned:  # what was written for a list that was never begun
+        storage.remove(run.path(blocklist.FOLDER, f"keys-{_next(run.root)}-asked.parquet"))
     salt = (blocklist.salt_of(run.root) or bytes(32)) if found.planned else blocklist.make_salt(run.root)
     asked = [read_list(kind, path, salt) for kind, path in lists.items()]
     wanted = [(one, one.kind == "sha256" if copies is None else copies) for one in asked]
@@ -206,6 +208,12 @@ def pending(root: str) -> list[str]:
     return [name for name in names if certificate(root, name).get("state") != DONE]
 
 
+def finish_pending(context: Context) -> list[str]:
+    """Finish what was stopped; paths of the certificates. Before anything else is done to a run: a stage that makes a
+    part anew must not find what is to go."""
+    return [_finish(context, name) for name in pending(context.run.root)]
+
+
 def certificate(root: str, name: str) -> dict[str, Any]:
     """RUN/forgotten/NAME.json; what can be known where it is gone."""
     path = storage.join(root, FORGOTTEN, f"{name}.json")
@@ -282,9 +290,9 @@ def _record(directory: StageDirectory, generation: Generation, parts: Sequence[D
     identity = generation.digest
     changed = {done.path.rsplit("/", 1)[-1].removesuffix(".parquet"): done for done in parts}
     kept = [_renewed(part, changed.get(part.name)) for part in generation.parts]
+    generation.parts = kept
     if generation.complete:
         generation.identity = identity
-        generation.parts = kept
         if "manifest.json" in generation.files:
             _renew_card(generation, certificate_path)
     if certificate_path not in generation.certificates:
@@ -332,12 +340,13 @@ def _elsewhere(context: Context, name: str, salt: bytes, removal: Removal) -> di
     run = context.run
     forget_elsewhere.remove_leftovers(run.root, _stage_folders(run))
     gone = [folder for folder in ("report", ".index") if forget_elsewhere.remove_folder(run.root, folder)]
+    texts = forget_elsewhere.Texts(salt, blocklist.keys_of(run.root, f"{name}-images"))
     decisions = storage.list_files(run.path(hidden.DECIDED), ".parquet")
     rows: Counter[str] = Counter()
     for done in collect(context, take_out_of_table, decisions, removal):
         rows.update(done.removed)
-    keys = blocklist.keys_of(run.root, f"{name}-images")
-    texts = forget_elsewhere.Texts(salt, keys)
+    for path in decisions:
+        forget_elsewhere.scrub_notes(path, texts)
     lists = _own_lists(run, texts)
     written = forget_elsewhere.scrub_texts(run.root, texts)
     return {"removed": gone, "rows_of_decisions": rows["rows"], "rows_of_lists": lists, "texts_rewritten": written}

@@ -27,6 +27,7 @@ LEFT_ALONE = ("run.yaml", "sources.json")
 SCRATCH = ("scratch", "_scratch", "scratch-forgotten")
 WORD = "(forgotten)"
 TOKEN = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>`]+|(?<![0-9A-Za-z])[0-9a-fA-F]{64}(?![0-9A-Za-z])")
+SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 ENDING = ".,;:!?)]}\\"
 BATCH_LINES = 1 << 14
 
@@ -40,10 +41,11 @@ class Texts:
 
     def forgets(self, token: str) -> bool:
         """Whether a URL or a hexadecimal sha256 is that of a forgotten image."""
-        if "://" not in token:
-            digest = bytes.fromhex(token)
-            return any(self._holds(kind, digest) for kind in (BYTES, PIXELS))
-        return self._holds(URL, url_digest(token))
+        if "://" in token:
+            return self._holds(URL, url_digest(token))
+        if not SHA256.fullmatch(token):
+            return False
+        return any(self._holds(kind, bytes.fromhex(token)) for kind in (BYTES, PIXELS))
 
     def scrub(self, text: str) -> str:
         """The text with forgotten URLs and hashes replaced."""
@@ -105,6 +107,18 @@ def _scrub_file(path: str, texts: Texts) -> bool:
 def _lines(file: Any) -> Iterator[str]:
     for line in file:
         yield line.decode(errors="surrogateescape")
+
+
+def scrub_notes(path: str, texts: Texts) -> None:
+    """What an auditor wrote on other images, or on a host, may name a forgotten one."""
+    table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
+    for name in ("note", "target"):
+        at = table.column_names.index(name)
+        values = table[name].to_pylist()
+        clean = [None if value is None else texts.scrub(value) for value in values]
+        if clean != values:
+            table = table.set_column(at, table.schema.field(at), pa.array(clean, pa.string()))
+            storage.write_whole(path, storage.table_bytes(table))
 
 
 def remove_leftovers(root: str, stages: list[str]) -> None:

@@ -89,7 +89,7 @@ def part_paths(generation: Generation) -> list[str]:
     """The parts of a generation; of an unfinished one those that lie there."""
     if generation.complete:
         return generation.part_paths
-    return storage.list_files(generation.directory, ".parquet")
+    return sorted({*generation.part_paths, *storage.list_files(generation.directory, ".parquet")})
 
 
 def collect(context: Context, function: Callable[..., Any], paths: Sequence[Any], *shared: Any) -> list[Any]:

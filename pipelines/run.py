@@ -12,7 +12,7 @@ import yaml
 
 from curation import storage
 from curation.errors import UserError
-from pipelines import catalog, configuration, lock, preflight, status
+from pipelines import catalog, configuration, forget, lock, preflight, status
 from pipelines.catalog import Stage
 from pipelines.configuration import RunConfig
 from pipelines.context import Context, MadeOtherwiseError, Outcome
@@ -40,6 +40,7 @@ def run(
     with lock.hold(config.run):
         events = events or Events(storage.join(config.run, "events.jsonl"))
         context = Context(run=RunDirectory(config.run), seed=config.seed, resources=config.resources, events=events)
+        forget.finish_pending(context)
         _refuse_gap(context, config, first)
         if any(stage.name == "mix" for stage in steps):
             roles = [s.role.split(":")[0] for s in config.sources] + [s.role for s in context.run.sources()]

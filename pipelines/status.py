@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import pyarrow.parquet as pq
 
-from curation import parquet, storage
+from curation import hidden, parquet, storage
 from curation.errors import UserError
 from pipelines import catalog, lock
 from pipelines.events import failures
@@ -60,6 +60,8 @@ class RunStatus:
     sources: list[dict[str, Any]]
     stages: list[StageStatus]
     driver: dict[str, Any] | None
+    hidden: dict[str, int] = field(default_factory=dict)
+    """Images that no reader shows: `forgotten`, `dropped` by an auditor; `unfinished`: takedowns that were stopped."""
 
     @property
     def bytes(self) -> int:
@@ -88,7 +90,18 @@ def status(root: str) -> RunStatus:
     if not sources and all(stage.state == "absent" for stage in stages) and not storage.exists(run.path("run.yaml")):
         raise UserError(f"{root}: not a run directory (no run.yaml, no sources.json, no stage in it)")
     driver = lock.holder(run.root) if lock.is_held(run.root) else None
-    return RunStatus(run.root, sources, stages, driver)
+    return RunStatus(run.root, sources, stages, driver, _hidden(run.root))
+
+
+def _hidden(root: str) -> dict[str, int]:
+    from pipelines import forget
+
+    found = {
+        "forgotten": len(hidden.forgotten_ids(root)),
+        "dropped": len(hidden.dropped_ids(root)),
+        "unfinished": len(forget.pending(root)),
+    }
+    return {name: count for name, count in found.items() if count}
 
 
 def folders(run: RunDirectory, pattern: str) -> list[str]:
