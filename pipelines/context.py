@@ -175,6 +175,7 @@ class Context:
     asks: StageResources = field(default_factory=lambda: StageResources())  # noqa: PLW0108 - mypy wants the call
     _started: dict[str, float] = field(default_factory=dict)
     _due: dict[str, float] = field(default_factory=dict)
+    _told: set[str] = field(default_factory=set)
 
     def for_stage(self, name: str) -> "Context":
         """The same surroundings with what `resources.stages` says of a stage: its tasks ask for that."""
@@ -383,8 +384,10 @@ class Context:
             return
         if not joined:
             raise UserError(f"resources: a task asks for {lacking}; ask for less in resources.stages")
-        text = f"no machine of the cluster has {lacking} yet: tasks wait until one joins"
-        self.events.emit("warning", None, text=text)
+        if lacking not in self._told:
+            self._told.add(lacking)
+            text = f"no machine of the cluster has {lacking} yet: tasks wait until one joins"
+            self.events.emit("warning", None, text=text)
 
     def _gpu_share(self) -> float:
         """Of a GPU, for a task of products; 0: it has none."""

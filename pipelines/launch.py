@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from curation.errors import UserError
-from pipelines import cluster, submission
+from pipelines import cluster, preflight, submission
 from training.config import TrainConfig
 from training.loop import Result
 
@@ -69,6 +69,17 @@ def work(document: dict[str, Any]) -> None:
 
 def submit(config: TrainConfig, command: str, processes: int, address: str) -> str:
     """Send the training to a cluster as a job that starts it there; the job's name. Raises UserError."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    output = preflight.absolute(config.output)  # the job runs in a folder of its own
+    text = yaml.safe_dump(_with_whole_paths(config.model_dump(mode="json") | {"output": output}), sort_keys=False)
     entry = [command, "--config", "train.yaml", "--launcher", "ray", "--processes", str(processes)]
-    return submission.submit(address, [*entry, "--ray-address", "auto"], {"train.yaml": text}, run=config.output)
+    return submission.submit(address, [*entry, "--ray-address", "auto"], {"train.yaml": text}, run=output)
+
+
+def _with_whole_paths(value: Any) -> Any:
+    """Every text that names something in the current folder, whole."""
+    if isinstance(value, dict):
+        return {key: _with_whole_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_with_whole_paths(item) for item in value]
+    is_path = isinstance(value, str) and value and "://" not in value and Path(value).exists()
+    return preflight.absolute(value) if is_path else value
