@@ -124,17 +124,17 @@ def _lines(found: Any, asked: bool) -> list[str]:
         return lines or [f"{found.run}: nothing is left to finish; give --urls, --sha256 or --domains LIST"]
     would = "would be forgotten" if found.planned else "forgotten"
     copies = f", {found.images - found.named:,} of them copies" if found.images > found.named else ""
-    lines.append(f"{found.run}: {found.images:,} images {would}{copies}")
+    lines.append(f"{found.run}: {found.images:,} image{'s' if found.images != 1 else ''} {would}{copies}")
     for kind, count in found.known.items():
         if count:
-            lines.append(f"  --{kind}: {count:,} entries were forgotten before")
+            lines.append(f"  --{kind}: {count:,} forgotten before")
     for kind, count in found.unknown.items():
         if count:
-            blocked = "" if found.planned else "; they are blocked all the same"
-            lines.append(f"  --{kind}: {count:,} entries are not in this run{blocked}")
+            blocked = "" if found.planned else "; blocked all the same"
+            lines.append(f"  --{kind}: {count:,} not in this run{blocked}")
     if found.copies_left:
         lines.append(
-            f"  {found.copies_left:,} other images of their components of near-duplicates stay; --copies takes them too"
+            f"  other images in their components of near-duplicates: {found.copies_left:,} stay; --copies takes them"
         )
     for stage, counts in found.removed.items():
         lines.append(f"  {stage}: " + ", ".join(f"{count:,} {what}" for what, count in sorted(counts.items())))
