@@ -16,6 +16,8 @@ from training.config import TrainConfig
 from training.loop import Result
 
 RESULT = ".result.json"
+PATHS = ("source", "index_folder", "teacher", "initial", "train", "test")
+"""Keys of a training that hold paths, `output` aside."""
 
 
 def train(
@@ -75,11 +77,11 @@ def submit(config: TrainConfig, command: str, processes: int, address: str) -> s
     return submission.submit(address, [*entry, "--ray-address", "auto"], {"train.yaml": text}, run=output)
 
 
-def _with_whole_paths(value: Any) -> Any:
-    """Every text that names something in the current folder, whole."""
+def _with_whole_paths(value: Any, key: str = "") -> Any:
+    """What may be a path and is there from the current folder, whole."""
     if isinstance(value, dict):
-        return {key: _with_whole_paths(item) for key, item in value.items()}
+        return {name: _with_whole_paths(item, name) for name, item in value.items()}
     if isinstance(value, list):
-        return [_with_whole_paths(item) for item in value]
-    is_path = isinstance(value, str) and value and "://" not in value and Path(value).exists()
-    return preflight.absolute(value) if is_path else value
+        return [_with_whole_paths(item, key) for item in value]
+    named = key in PATHS and isinstance(value, str) and "://" not in value
+    return preflight.absolute(value) if named and Path(value).exists() else value

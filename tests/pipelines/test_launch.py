@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from curation.errors import UserError
@@ -63,3 +64,20 @@ def test_a_cluster_that_wants_a_token_is_one_sentence(tmp_path: Path, monkeypatc
     monkeypatch.setattr(job_submission, "JobSubmissionClient", refuse)
     with pytest.raises(UserError, match=r"wants its token: set RAY_AUTH_MODE=token"):
         launch.submit(configuration(tmp_path, "ray"), "train", 2, "http://127.0.0.1:9")
+
+
+def test_a_submitted_training_finds_its_images_from_the_folder_of_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[str, list[str], dict[str, str]]] = []
+    monkeypatch.setattr(launch.submission, "submit", lambda *asked, run: sent.append(asked) or "job")
+    config = configuration(tmp_path, "ray")
+    relative = config.model_copy(
+        update={"output": "made/here", "data": config.data.model_copy(update={"source": "images"})}
+    )
+    monkeypatch.chdir(tmp_path)
+    assert launch.submit(relative, "train", 2, "http://head:8265") == "job"
+    document = yaml.safe_load(sent[0][2]["train.yaml"])
+    assert document["output"] == f"{tmp_path}/made/here" and document["data"]["source"] == f"{tmp_path}/images"
+    assert document["data"]["index_folder"] == str(tmp_path / "index")
+    assert " ".join(sent[0][1]) == "train --config train.yaml --launcher ray --processes 2 --ray-address auto"
