@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow.compute as pc
 
 from curation.audit.run_tables import RunTables
-from curation.audit.scans import open_parts, stream
+from curation.audit.scans import first_rows, open_parts, stream, with_hash
 from curation.audit.sections import Section
 from curation.hidden import is_hidden
 
@@ -174,6 +174,13 @@ def _manifest(run: RunTables, card: Mapping[str, Any] | None, counts: Mapping[st
         names = ", ".join(unnamed[:3]) + (f" and {len(unnamed) - 3} more" if len(unnamed) > 3 else "")
         found.append(Finding("notice", f"{len(unnamed)} sources state no licence", names, "index"))
     return found
+
+
+def chosen(run: RunTables, count: int) -> list[int]:
+    """Ids of random images of the manifest, in hash order."""
+    columns = {"image_id": pc.field("image_id"), "group": pc.scalar(0)}
+    tables = (with_hash(t, 0, "report manifest") for t in stream(run.manifest, columns, hidden=run.hidden))
+    return [row["image_id"] for row in first_rows(tables, "group", count, [("hash", "ascending")])]
 
 
 def lead(card: Mapping[str, Any] | None, counts: Mapping[str, Any]) -> str:

@@ -176,7 +176,7 @@ def _json(value: Any) -> Markup:
 
 def plan(overview: Section, sections: Mapping[str, Section | None], extras: Sequence[Mapping[str, Any]]) -> list[Page]:
     """The pages in reading order. overview: of the first page. sections: by the name of their page."""
-    pages = [Page("index", "Overview", "Curation report", "index", overview, [], menu=True)]
+    pages = [Page("index", "Overview", "Curation report", "index", overview, overview["images"], menu=True)]
     counts = {
         "failures": "total",
         "filters": "dropped",

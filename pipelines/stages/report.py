@@ -163,6 +163,7 @@ def _pages(directory: RunDirectory, run: RunTables, extra: Sequence[dict[str, An
         "facts": overview.facts(card, counts, shown),
         "funnel": charts.funnel(next((steps for steps in counts["funnel"].values() if steps), [])),
         "funnels": counts["funnel"],
+        "images": overview.chosen(run, SAMPLING.chosen),
         "warnings": overview.warnings(run, counts, card, shown),
         "sources": sources[: SAMPLING.table_rows],
         "more_sources": max(0, len(sources) - SAMPLING.table_rows),

@@ -17,7 +17,7 @@ from tests.browser.conftest import CHROMIUM
 from tests.browser.report_runs import DEMO, ROOT, demo
 
 LIMIT = 300_000
-SIZE = {"width": 1240, "height": 860}
+SIZE = {"width": 1240, "height": 900}
 SHOTS = {
     "docs/report.png": ("index", "light", None),
     "docs/screenshots/report-duplicates.png": ("duplicates", "light", "#pairs"),

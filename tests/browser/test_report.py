@@ -222,3 +222,27 @@ def test_hostile_words_are_read_as_words(tmp_path: Path, visit: Any) -> None:
     seen.page.goto(place(run) + "retrieval.html")
     assert "<script>alert(1)</script>" in seen.page.locator("main").inner_text()
     assert not seen.wrong
+
+
+def test_a_report_in_a_bucket_is_the_same_one(tmp_path: Path, visit: Any) -> None:
+    """A bucket is a web server of files: relative links and the policy must hold there too."""
+    import functools
+    import http.server
+    import threading
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: Any) -> None:
+            """Tests print nothing."""
+
+    run = report_runs.small(tmp_path / "run", pool=20)
+    handler = functools.partial(Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        base = f"http://127.0.0.1:{server.server_port}/run/report/"
+        seen = visit(base)
+        for path in sorted((run / "report").glob("*.html")):
+            seen.page.goto(base + path.name)
+            assert seen.page.evaluate("getComputedStyle(document.querySelector('.page')).display") == "grid"
+        assert [url for url in seen.asked if url.endswith(".webp")]
+        assert [w for w in seen.wrong if "favicon" not in w] == []
+        server.shutdown()

@@ -292,6 +292,7 @@ def test_hostile_words_are_cut_escaped_and_made_visible(words: str) -> None:
     source = {"name": words, "kind": words, "rows": 1, "usable": 1, "manifest": 1, "licence": words, "exempt": False}
     overview = {
         "lead": "",
+        "images": [],
         "facts": [],
         "funnel": charts.funnel([step, {**step, "images": 0}]),
         "funnels": {"pool": [step, {**step, "images": 0}]},

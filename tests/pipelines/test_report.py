@@ -90,7 +90,7 @@ def test_there_is_a_page_per_subject_and_one_per_seed_set_and_cluster(pages: Map
         menu = [a["href"] for tag, a in Reader(page).tags if tag == "a"][1 : 1 + len(MENU)]
         assert menu == [f"{name}.html" for name in MENU]
     sections = {a["id"] for tag, a in Reader(pages["index"]).tags if tag == "section"}
-    assert sections == {"flow", "warnings", "sources", "card"}
+    assert sections == {"inside", "flow", "warnings", "sources", "card"}
 
 
 def test_every_link_leads_to_something_in_the_folder(made: SyntheticRun, pages: Mapping[str, str]) -> None:
