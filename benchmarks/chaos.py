@@ -147,7 +147,9 @@ class Chaos:
                         break
             code = process.wait(HUNG_S) if ended_within(process, HUNG_S) else None
             if struck is not None:
-                struck.exit_code, struck.said = code, "hung" if code is None else last_line(config)
+                struck.exit_code = code
+                if code != -signal.SIGKILL:
+                    struck.said = "hung" if code is None else last_line(config)
             elif code != 0:
                 raise RuntimeError(f"{name} failed untouched: {log_of(config)[-3000:]}")
             return code
@@ -257,7 +259,7 @@ def log_of(config: Path) -> str:
 
 def last_line(config: Path) -> str:
     """The last line of a run's output that is not Ray's."""
-    lines = [line.strip() for line in log_of(config).splitlines() if line.strip()]
+    lines = [line.strip() for line in log_of(config).splitlines() if line.strip() and line[0] not in "[(\x1b \t"]
     return lines[-1][:300] if lines else ""
 
 
@@ -322,7 +324,9 @@ def document(chaos: Chaos, seconds: float, expected: dict[str, bytes], cpu_s: fl
         "hung": sum(kill.said == "hung" for kill in kills),
         "by_victim": dict(sorted(Counter(kill.victim for kill in kills).items())),
         "by_stage": dict(sorted(Counter(kill.stage or "before the first" for kill in kills).items())),
-        "exit_codes": dict(sorted(Counter(f"{kill.victim} {kill.exit_code}" for kill in kills if kill.said).items())),
+        "exit_codes": dict(
+            sorted(Counter(f"{kill.victim} {kill.exit_code}" for kill in kills if kill.exit_code is not None).items())
+        ),
         "cpu_seconds": round(cpu_s, 1),
         "ends": [{**vars(end), "kills": [vars(kill) for kill in end.kills]} for end in chaos.ends],
     }
@@ -337,26 +341,32 @@ def main() -> int:
         "--within", type=float, default=0.4, help="share of the untouched run's time in which a command is struck"
     )
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--add", action="store_true", help="to the runs that --out holds, until they have --kills")
     given = parser.parse_args()
+    before = json.loads(given.out.read_text()) if given.add else {"ends": [], "cpu_seconds": 0.0}
+    earlier = [Ended(**{**end, "kills": [Kill(**kill) for kill in end["kills"]]}) for end in before["ends"]]
+    left = given.kills - sum(len(end.kills) for end in earlier)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         root = Path(folder)
         prepare(root, given.originals)
         with web(root) as port:
             write_urls(root, port)
-            chaos = Chaos(root, given.seed)
+            chaos = Chaos(root, given.seed, ends=earlier)
             expected, seconds = chaos.whole()
             sys.stdout.write(f"an untouched run takes {seconds:.1f} s\n")
 
             def store() -> None:
                 used = os.times()
-                found = document(chaos, seconds, expected, used.children_user + used.children_system)
+                found = document(
+                    chaos, seconds, expected, before["cpu_seconds"] + used.children_user + used.children_system
+                )
                 given.out.parent.mkdir(parents=True, exist_ok=True)
                 given.out.write_text(json.dumps(found, indent=1) + "\n")
                 shown = {key: value for key, value in found.items() if key not in ("ends", "machine")}
                 sys.stdout.write(json.dumps(shown) + "\n")
                 sys.stdout.flush()
 
-            chaos.carry_out(given.kills, expected, given.within * seconds, store)
+            chaos.carry_out(left, expected, given.within * seconds, store)
     return int(any(end.rows_lost or end.rows_twice or end.files_different for end in chaos.ends))
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -192,7 +191,7 @@ def _csv_batches(path: str, columns: tuple[str | None, ...], kind: str = "csv") 
     try:
         with open_text(path) as text:
             rows = read_csv(text, kind)
-            header = next(rows, [])
+            header: list[str] = next(rows, [])
             places = [None if name is None else header.index(name) for name in columns]
             pending: list[list[str | None]] = []
             for row in rows:
@@ -239,7 +238,8 @@ _READERS: dict[str, Any] = {
 
 def open_text(path: str) -> Any:
     """A text file, compressed or not, for reading; bytes that are no UTF-8 are replaced."""
-    file = fsspec.open(path, "rb", compression="infer").open()
+    fs, inner = storage.filesystem(path)
+    file: Any = fs.open(inner, "rb", compression="infer")
     return io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
 
 

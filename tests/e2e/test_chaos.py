@@ -29,7 +29,7 @@ def check(programme: chaos.Chaos, kills: int) -> None:
 
 @pytest.mark.timeout(900)
 def test_five_kills_at_random_lose_no_row_and_no_byte(tmp_path: Path) -> None:
-    check(carried_out(tmp_path, 5, 8, seed=1), 5)
+    check(carried_out(tmp_path, 5, 8, seed=214), 5)
 
 
 @pytest.mark.long

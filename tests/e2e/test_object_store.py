@@ -1,5 +1,6 @@
 """Stages and locks on s3://, against a server that fails: the same tables as on a disk, and one driver."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from benchmarks import chaos
 from curation import locations, object_store, storage, vectors
 from curation.errors import UserError
 from pipelines import cluster, lock, repair
+from pipelines.download import url_list
 from pipelines.run_directory import RunDirectory
 from tests.e2e.s3_server import KEY, S3, SECRET, serving
 from tests.pipelines import test_repair
@@ -166,6 +168,13 @@ def test_neighbouring_images_are_one_request(s3: S3) -> None:
     assert isinstance(beyond, OSError)
     with pytest.raises(UserError, match=r"shards/0\.tar: damaged \(the image at byte 0"):
         list(locations.read_ranges("s3://bucket/run", places[:1], wanted[1:2]))
+
+
+def test_a_compressed_list_of_urls_is_read_from_a_store(s3: S3) -> None:
+    lines = "url,alt\n" + "".join(f"http://example.org/{n}.jpg,a {n}\n" for n in range(3000))
+    storage.write_whole("s3://bucket/list.csv.gz", gzip.compress(lines.encode()))
+    with url_list.open_text("s3://bucket/list.csv.gz") as text:
+        assert text.read() == lines
 
 
 def test_stages_on_a_failing_store_with_lagging_listings_give_the_bytes_of_a_disk(
