@@ -24,6 +24,16 @@ START_S = 240.0
 ATTEMPTS = 4
 """Ray gives a node half a minute to come up: too little on a busy machine."""
 STORE_BYTES = 120_000_000
+RAYS_OWN = (
+    "IDLE",
+    "DashboardAgent",
+    "RuntimeEnvAgent",
+    "JobSupervisor",
+    "_StatsActor",
+    "_Autoscaling",
+    "ActorLocation",
+)
+"""Titles of processes that compute nothing of ours."""
 BINARIES = str(Path(sys.executable).parent)
 
 
@@ -90,7 +100,7 @@ class Node:
                 name = " ".join(process.cmdline())
             except psutil.Error:
                 continue
-            if name.startswith("ray::") and "IDLE" not in name:
+            if name.startswith("ray::") and not name.removeprefix("ray::").startswith(RAYS_OWN):
                 return True
         return False
 

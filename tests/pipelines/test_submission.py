@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -330,6 +330,75 @@ def test_what_no_machine_has_is_refused_here_and_waited_for_on_a_cluster(
     machines.now["1"] = {"CPU": 8, "memory": 8 << 30, "egress": 2}
     context.ask(wanted)
     assert len(told) == 1
+
+
+def slow(number: int, shared: None) -> int:
+    import time
+
+    time.sleep(0.05)
+    return number
+
+
+def test_more_is_handed_in_when_machines_join_and_less_when_they_leave(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machines = Machines(monkeypatch, {"CPU": 1})
+    monkeypatch.setattr(cluster, "LOOK_AGAIN_S", 0.0)
+    taken: list[int] = []
+
+    def calls() -> Iterator[tuple[str, tuple[int]]]:
+        for number in range(60):
+            taken.append(number)
+            yield str(number), (number,)
+
+    in_flight = []
+    for done, _ in enumerate(cluster.spread(slow, calls()), 1):
+        in_flight.append(len(taken) - done)
+        if done == 10:
+            machines.now["1"] = {"CPU": 5}
+        if done == 30:
+            del machines.now["1"]
+    assert max(in_flight[:10]) <= 3 and max(in_flight[10:30]) > 10 and max(in_flight[45:]) <= 3
+    assert done == 60
+
+
+def test_a_task_whose_machines_are_lost_is_done_again_and_given_up_in_the_end(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = cluster._result
+    lost: list[str] = []
+
+    def result(reference: Any, name: str) -> Any:
+        if name == "1" and len(lost) < most:
+            lost.append(name)
+            raise cluster._MachineLostError("NodeDiedError")
+        return answer(reference, name)
+
+    monkeypatch.setattr(cluster, "_result", result)
+    most = cluster.LOSSES
+    assert dict(cluster.spread(slow, [("0", (0,)), ("1", (1,))])) == {"0": 0, "1": 1} and len(lost) == most
+    lost.clear()
+    most = cluster.LOSSES + 1
+    with pytest.raises(UserError, match=r"1: its worker died every time it was tried \(NodeDiedError\)") as caught:
+        dict(cluster.spread(slow, [("1", (1,))]))
+    assert caught.value.exit_code == 1
+
+
+def test_processes_with_models_end_with_their_pass(ray_session: None, tmp_path: Path) -> None:
+    import time
+
+    from ray._private import state
+
+    from tests.pipelines.test_image_pass import run
+
+    run(tmp_path)
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        living = [a for a in state.actors().values() if a["State"] == "ALIVE" and "MapWorker" in a["ActorClassName"]]
+        if not living:
+            return
+        time.sleep(0.2)
+    raise AssertionError(living)
 
 
 def test_every_command_that_works_through_ray_takes_an_address() -> None:
