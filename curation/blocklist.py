@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from curation import exact, storage
@@ -88,14 +89,13 @@ def load(run: str) -> BlockList | None:
         name = path.rsplit("/", 1)[-1]
         if name.startswith("keys-"):
             table, before = _read(path, KEYS)
-            kinds, values = table["kind"].to_numpy(zero_copy_only=False), table["key"].to_numpy()
             for kind in KINDS:
-                keys[kind].append(values[kinds == kind])
-            pixels.append((before, np.unique(values[kinds == PIXELS])))
+                keys[kind].append(_of_kind(table, kind))
+            pixels.append((before, _of_kind(table, PIXELS)))
         elif name.startswith("hashes-"):
             table, before = _read(path, HASHES)
             hashes.append((before, table["pca_hash"].to_numpy()))
-    merged = {kind: np.unique(np.concatenate([np.empty(0, np.uint64), *found])) for kind, found in keys.items()}
+    merged = {kind: distinct(np.concatenate([np.empty(0, np.uint64), *found])) for kind, found in keys.items()}
     return BlockList(_salt(run), merged, _by_beginning(hashes), _by_beginning(pixels))
 
 
@@ -128,8 +128,7 @@ def keys_of(run: str, name: str) -> dict[str, np.ndarray]:
     if not storage.exists(path):
         return {}
     table, _ = _read(path, KEYS)
-    kinds, values = table["kind"].to_numpy(zero_copy_only=False), table["key"].to_numpy()
-    return {kind: np.unique(values[kinds == kind]) for kind in KINDS if (kinds == kind).any()}
+    return {kind: values for kind in KINDS if len(values := distinct(_of_kind(table, kind)))}
 
 
 def keyed(salt: bytes, kind: str, values: Iterable[bytes]) -> np.ndarray:
@@ -148,8 +147,8 @@ def keyed(salt: bytes, kind: str, values: Iterable[bytes]) -> np.ndarray:
 
 def put_keys(run: str, name: str, keys: Sequence[tuple[str, np.ndarray]], before: int) -> None:
     """Write `keys-NAME.parquet`: sorted, each once, so that it does not tell in which order they were asked for."""
-    unique = [(kind, np.unique(values)) for kind, values in keys]
-    kinds = [pa.array([kind] * len(values), pa.string()) for kind, values in unique]
+    unique = [(kind, distinct(values)) for kind, values in keys]
+    kinds = [pa.repeat(pa.scalar(kind, pa.string()), len(values)) for kind, values in unique]
     columns = [pa.concat_arrays(kinds), pa.array(np.concatenate([values for _, values in unique]))]
     _write(run, f"keys-{name}", pa.Table.from_arrays(columns, schema=KEYS), before)
 
@@ -186,6 +185,16 @@ def near(values: np.ndarray, known: np.ndarray, distance: int) -> np.ndarray:
     return found
 
 
+def distinct(keys: np.ndarray) -> np.ndarray:
+    """(m,) the different ones of (n,) keys, ascending; by sorting, for np.unique takes several times the memory."""
+    ordered = np.sort(keys)
+    return ordered[np.append(True, ordered[1:] != ordered[:-1])] if len(ordered) else ordered
+
+
+def _of_kind(table: pa.Table, kind: str) -> np.ndarray:
+    return np.asarray(table.filter(pc.equal(table["kind"], kind))["key"].to_numpy())
+
+
 def _among(known: np.ndarray, values: np.ndarray) -> np.ndarray:
     if not len(known):
         return np.zeros(len(values), bool)
@@ -198,7 +207,7 @@ def _by_beginning(found: Sequence[tuple[int, np.ndarray]]) -> tuple[tuple[int, n
     for before, values in found:
         if len(values):
             grouped.setdefault(before, []).append(values)
-    return tuple((before, np.unique(np.concatenate(values))) for before, values in sorted(grouped.items()))
+    return tuple((before, distinct(np.concatenate(values))) for before, values in sorted(grouped.items()))
 
 
 def _write(run: str, name: str, table: pa.Table, before: int) -> None:

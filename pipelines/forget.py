@@ -113,13 +113,13 @@ def _forget(context: Context, found: Forgotten, lists: Mapping[Kind, str], copie
     chosen = forget_select.select(context, wanted, salt, caught)
     fresh = ~hidden.is_hidden(chosen.ids, hidden.forgotten_ids(run.root))
     before = blocklist.load(run.root)
-    keys = [(one.key_kind, one.keys) for one in asked]
+    old_keys = {} if before is None else before.keys
     news = [
-        (kind, values if before is None else np.setdiff1d(values, before.keys.get(kind, ()))) for kind, values in keys
+        (k, v[~hidden.is_hidden(v, old_keys.get(k, v[:0]))]) for k, v in ((one.key_kind, one.keys) for one in asked)
     ]
     for one in asked:
         unmet = chosen.unmet[one.kind]
-        old = 0 if before is None else int(hidden.is_hidden(unmet, before.keys.get(one.key_kind, unmet[:0])).sum())
+        old = int(hidden.is_hidden(unmet, old_keys.get(one.key_kind, unmet[:0])).sum())
         found.known[one.kind], found.unknown[one.kind] = old, len(unmet) - old
     found.images, found.named, found.copies_left = int(fresh.sum()), chosen.named, chosen.copies_left
     found.places = chosen.places

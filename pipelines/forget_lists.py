@@ -45,7 +45,7 @@ class Asked:
 
 def read_list(kind: Kind, path: str, salt: bytes) -> Asked:
     """Read a list. Raises UserError that names the line of what is no URL, sha256 or domain, and for an empty list."""
-    found: list[np.ndarray] = []
+    found = bytearray()
     entries = 0
     for numbers, values in _batches(kind, path):
         digests = []
@@ -54,10 +54,12 @@ def read_list(kind: Kind, path: str, salt: bytes) -> Asked:
             if digest is not None:
                 digests.append(digest)
         entries += len(digests)
-        found.append(keyed(salt, KEYS_OF[kind], digests))
+        found += keyed(salt, KEYS_OF[kind], digests).tobytes()
     if not entries:
         raise UserError(f"--{kind} {path}: an empty list, there is nothing to forget")
-    return Asked(kind, entries, np.unique(np.concatenate(found)))
+    keys = np.frombuffer(found, "<u8")
+    keys.sort()  # in place: np.unique takes several times the memory
+    return Asked(kind, entries, keys[np.append(True, keys[1:] != keys[:-1])])
 
 
 def _digest(kind: Kind, text: str, where: str) -> bytes | None:

@@ -65,7 +65,7 @@ def select(context: Context, asked: Sequence[tuple[Asked, bool]], salt: bytes, c
     unmet: dict[str, np.ndarray] = {}
     for one, copies in asked:
         matched, keys = _match(context, one, salt)
-        unmet[one.kind] = np.setdiff1d(one.keys, keys)
+        unmet[one.kind] = one.keys[~is_hidden(one.keys, keys)]
         named.append(matched)
         ids = np.union1d(ids, _grown(context, matched, salt, copies))
     if caught:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation import blocklist, hidden, storage
@@ -626,6 +626,7 @@ def test_rows_of_other_images_lose_what_they_say_of_forgotten_ones() -> None:
         assert without(schema.empty_table(), np.array([7], np.uint64))[1] == {}
 
 
+@settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.integers(0, 2**64 - 1), max_size=30),
     st.lists(st.integers(0, 2**64 - 1), max_size=30),
