@@ -30,7 +30,12 @@ _TEXT_BYTES = 1 << 16
 _OPEN_FILES = 64
 _HEADER_CPU_S = 4
 _ENVIRONMENT = ("PATH", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "PYTHONHOME", "LANG", "TMPDIR", "OPENBLAS_CORETYPE")
-PROGRAM = "from embeddings.decoding_process import serve; serve()"
+PROGRAM = (
+    # Ours comes before what is installed, and after Python's own: beside an installed `embeddings` lies a backport
+    # named dataclasses, older than Python's.
+    "import sys; sys.path.insert(next((i for i, p in enumerate(sys.path) if 'site-packages' in p), 99), sys.argv[6]); "
+    "from embeddings.decoding_process import serve; serve()"
+)
 
 
 class ChildDiedError(Exception):
@@ -51,12 +56,12 @@ class Child:
         root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
         environment = {
             **{name: value for name, value in os.environ.items() if name in _ENVIRONMENT},
-            "PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])]),
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
             "OPENBLAS_NUM_THREADS": "1",
             "OMP_NUM_THREADS": "1",
         }
         options = [limits.max_pixels, limits.cpu_s, limits.memory_bytes]
-        arguments = [str(value) for value in (to_child, from_child, *options)]
+        arguments = [*(str(value) for value in (to_child, from_child, *options)), root]
         try:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, *arguments],

@@ -6,6 +6,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,3 +235,12 @@ def test_closed_decoder_leaves_no_process_behind() -> None:
 
 def test_worker_keeps_one_decoder() -> None:
     assert decoding.worker_decoder() is decoding.worker_decoder()
+
+
+def test_a_backport_beside_the_installed_packages_does_not_replace_a_module_of_python(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dataclasses.py").write_text("raise ImportError('the backport')\n")
+    monkeypatch.setattr(decoding_process, "__file__", str(tmp_path / "embeddings" / "decoding_process.py"))
+    with Decoder(DecodeLimits(cpu_s=4, wall_s=30.0)) as decoder:
+        np.testing.assert_array_equal(decoder.decode(encoded(PICTURE, "PNG")), PIXELS)
