@@ -7,7 +7,7 @@ value in EVERY is in memory. A row is the dense number of an image: images in or
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -108,14 +108,17 @@ class Groups:
 
 
 class Rows:
-    """Rows of a table by their number, in compressed batches of an Arrow file."""
+    """Rows of a table by their number, in compressed batches of an Arrow file. columns: only these are unpacked."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, columns: Sequence[str] | None = None) -> None:
         self._file = pa.OSFile(path)
-        self._reader = pa.ipc.open_file(self._file)
+        reader = pa.ipc.open_file(self._file)
+        self.names = list(reader.schema.names)
+        chosen = [i for i, name in enumerate(self.names) if columns is None or name in columns]
+        options = pa.ipc.IpcReadOptions(included_fields=chosen, use_threads=False)
+        self._reader = pa.ipc.open_file(self._file, options=options)
         self._lock = threading.Lock()
         self._cache: OrderedDict[int, pa.RecordBatch] = OrderedDict()
-        self.names = list(self._reader.schema.names)
         self.rows = self._count()
 
     def _count(self) -> int:
@@ -129,10 +132,14 @@ class Rows:
 
     def take(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """The rows with these numbers, in this order, as mappings."""
-        found = []
-        for row in rows:
-            batch = self._batch(int(row) // BATCH_ROWS)
-            found += batch.slice(int(row) % BATCH_ROWS, 1).to_pylist()
+        wanted = np.asarray(rows, np.int64)
+        numbers = wanted // BATCH_ROWS
+        found: list[dict[str, Any]] = [{}] * len(wanted)
+        for number in np.unique(numbers):
+            mine = np.flatnonzero(numbers == number)
+            held = self._batch(int(number)).take(pa.array(wanted[mine] % BATCH_ROWS)).to_pylist()
+            for at, row in zip(mine.tolist(), held, strict=True):
+                found[at] = row
         return found
 
     def _batch(self, number: int) -> pa.RecordBatch:

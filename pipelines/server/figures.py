@@ -277,7 +277,7 @@ def image(index: Opened, found: Values) -> Values:
 
 def first_of(index: Opened, kind: str, value: Any, count: int) -> list[Values]:
     """The first images of a group."""
-    return index.listed({kind: value}, None, count).images
+    return index.listed({kind: value}, None, count, index.tiles).images
 
 
 def with_matches(index: Opened, rows: Sequence[Values], name: str | None = None) -> list[Values]:
@@ -288,7 +288,7 @@ def with_matches(index: Opened, rows: Sequence[Values], name: str | None = None)
         if hits:
             best[int(entry["image_id"])] = max(hits, key=lambda h: h["similarity"])
             entry["note"] = score(best[int(entry["image_id"])]["similarity"])
-    known = {int(r["image_id"]): r for r in index.some({int(h["reference_id"]) for h in best.values()})}
+    known = {int(r["image_id"]): r for r in index.some({int(h["reference_id"]) for h in best.values()}, index.tiles)}
     pairs: list[Values] = []
     for entry in rows:
         pairs.append(entry)
@@ -338,7 +338,7 @@ def cluster_card(index: Opened, level: int, found: Mapping[str, Any]) -> Card:
     elif brought:
         words += f" · by {visible(brought[0]['name'], 30)}"
     if level == 1:
-        shown_images = index.ranked("near", found["cluster"], 0, TILES).images
+        shown_images = index.ranked("near", found["cluster"], 0, TILES, table=index.tiles).images
     else:
         shown_images = first_of(index, f"cluster_{level}", found["cluster"], TILES)
     return Card(
@@ -427,7 +427,7 @@ def retrieval(index: Opened, request: Request, start: int, seed_set: str | None,
                 f"/seed/{entry['seed_id']}",
                 f"{visible(entry['seed_set'], 30)} · seed {int(entry['seed_id']) & ((1 << 40) - 1)}",
                 f"drew {number(entry['images'])}, cosine {score(entry['least'])} to {most}",
-                index.some(ids),
+                index.some(ids, index.tiles),
             )
         )
     more = len(rows) == CARDS

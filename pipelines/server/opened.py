@@ -21,6 +21,12 @@ CHUNK = 1 << 16
 BUDGET_S = 0.4
 """A page is given as far as it has come after so long; its cursor goes on from there."""
 MOST_WORDS = 12
+TILE = frozenset(
+    ("image_id", "source", "status", "error", "shard", "offset", "length", "nsfw", "label", "caption")
+    + ("kept", "reason", "weight", "similarity", "distance", "references")
+    + tuple(f"cluster_{level}" for level in range(1, 21))
+)
+"""Columns of an image among others on a page; the rest is unpacked for JSON and for an image's own page."""
 HEX = re.compile(r"[0-9a-fA-F]+")
 
 
@@ -47,6 +53,7 @@ class Opened:
             self.document: dict[str, Any] = json.load(file)
         self.ids = Sorted(os.path.join(folder, "ids"), np.uint64)
         self.table = Rows(os.path.join(folder, "images.arrow"))
+        self.tiles = Rows(os.path.join(folder, "images.arrow"), TILE)
         self.groups = {name: Groups(os.path.join(folder, "groups", name)) for name in self.document.get("groups", {})}
         self.orders: dict[str, tuple[Sorted, Column]] = {}
         orders = os.path.join(folder, "orders")
@@ -103,11 +110,11 @@ class Opened:
         """The row of an image, None if there is none or it is hidden."""
         return next(iter(self.some([image_id])), None)
 
-    def some(self, ids: Iterable[int]) -> list[dict[str, Any]]:
+    def some(self, ids: Iterable[int], table: Rows | None = None) -> list[dict[str, Any]]:
         """Rows of these images in this order, without those that are not there or hidden."""
         wanted = np.array([i for i in ids if 0 <= i < 1 << 64], np.uint64)
         rows = self.rows_of(wanted)
-        return self.table.take(self.shown(rows[rows >= 0]))
+        return (table or self.table).take(self.shown(rows[rows >= 0]))
 
     def is_dropped(self, image_id: int) -> bool:
         """Whether an image of the run is hidden."""
@@ -123,10 +130,10 @@ class Opened:
 
     # Pages of images.
 
-    def listed(self, filters: Mapping[str, Any], after: int | None, limit: int) -> Page:
+    def listed(self, filters: Mapping[str, Any], after: int | None, limit: int, table: Rows | None = None) -> Page:
         """Images that belong to all of `filters`, by ascending id. after: the id of the last one seen.
 
-        filters: group -> what it is called (`host`, `cluster_2`, ...), and `words`: a text whose words all occur.
+        table: `self.tiles`, where that is enough. filters: group -> what it is called (`host`, `cluster_2`, ...), and `words`: a text whose words all occur.
         """
         ranges = self._ranges(filters)
         start = 0 if after is None else self.ids.search(min(max(after, 0), (1 << 64) - 1), "right")
@@ -135,7 +142,7 @@ class Opened:
         total = ranges[0][2] - ranges[0][1] if len(ranges) == 1 else None if ranges else len(self.ids)
         rows, cursor, looked = self._merged(ranges, start, limit)
         among = ranges[0][2] - ranges[0][1] if ranges else len(self.ids)
-        images = self.table.take(rows)
+        images = (table or self.table).take(rows)
         last = None
         if cursor is not None:
             last = int(images[-1]["image_id"]) if len(images) == limit else int(self.ids.read(cursor, cursor + 1)[0])
@@ -185,7 +192,15 @@ class Opened:
             return every[:limit], int(every[limit - 1]), at - begun
         return every, int(column.read(at - 1, at)[0]) if at < stop else None, at - begun
 
-    def ranked(self, kind: str, value: Any, position: int, limit: int, backwards: bool = False) -> Page:
+    def ranked(
+        self,
+        kind: str,
+        value: Any,
+        position: int,
+        limit: int,
+        backwards: bool = False,
+        table: Rows | None = None,
+    ) -> Page:
         """Images of a group in the order of its rank: a cluster's by distance, a reference set's by similarity.
 
         position: of the first, as the cursor of the page before says; backwards: from the far end.
@@ -200,9 +215,17 @@ class Opened:
             rows = self.groups[kind].rows.read(start + position, min(stop, start + position + limit)) if stop else []
         more = start + position + limit < stop
         shown = self.shown(np.asarray(rows, np.int64))
-        return Page(self.table.take(shown), position + limit if more else None, stop - start)
+        return Page((table or self.table).take(shown), position + limit if more else None, stop - start)
 
-    def scored(self, name: str, value: float, after: int | None, limit: int, backwards: bool = False) -> Page:
+    def scored(
+        self,
+        name: str,
+        value: float,
+        after: int | None,
+        limit: int,
+        backwards: bool = False,
+        table: Rows | None = None,
+    ) -> Page:
         """Images in the order of a score, from `value` upwards, or downwards. after: cursor of the page before."""
         values, rows = self.orders[name]
         at = values.search(value) if after is None else min(max(after, 0), len(values))
@@ -213,7 +236,7 @@ class Opened:
             found, scores = found[::-1], scores[::-1]
         shown = self.shown(found.astype(np.int64))
         by_row = dict(zip(found.tolist(), scores.tolist(), strict=True))
-        images = self.table.take(shown)
+        images = (table or self.table).take(shown)
         for image, row in zip(images, shown.tolist(), strict=True):
             image["score"] = by_row[row]
         cursor = (low if low > 0 else None) if backwards else (high if high < len(values) else None)
@@ -242,11 +265,10 @@ class Opened:
     def word_keys(self, text: str) -> list[int]:
         """Keys of the words of a text, at most MOST_WORDS."""
         words = TOKENS.format(text="?")
+        query = f"SELECT hash(left(w, {WORD})) FROM (SELECT unnest(list_distinct({words})) w) WHERE w <> ''"
         with self._lock:
-            found = self._connection().execute(
-                f"SELECT hash(left(w, {WORD})) FROM (SELECT unnest(list_distinct({words})) w) WHERE w <> ''", [text]
-            )
-            return [int(row[0]) for row in found.fetchall()][:MOST_WORDS]
+            found = self._connection().execute(query, [text]).fetchall()
+        return [int(row[0]) for row in found][:MOST_WORDS]
 
     def _hash(self, value: str | bytes) -> int:
         with self._lock:
@@ -299,7 +321,14 @@ class Opened:
 
     def close(self) -> None:
         """Let go of the files."""
-        for held in (self.ids, self.table, *self.groups.values(), *self.lists.values(), *self.spaces.values()):
+        for held in (
+            self.ids,
+            self.table,
+            self.tiles,
+            *self.groups.values(),
+            *self.lists.values(),
+            *self.spaces.values(),
+        ):
             held.close()
         for values, rows in self.orders.values():
             values.close()

@@ -90,7 +90,7 @@ def search(request: Request, q: Annotated[str, Query(max_length=2000)] = "") -> 
 def images(request: Request, after: After = None) -> HTMLResponse:
     index = api.index_of(request)
     filters = api.filters_of(index, request)
-    found = index.listed(filters, after, PAGE)
+    found = index.listed(filters, after, PAGE, index.tiles)
     given = {k: v for k, v in request.query_params.items() if k != "after"}
     return page(
         request,
@@ -153,9 +153,9 @@ def duplicates(request: Request, start: Start = 0) -> HTMLResponse:
 @router.get("/component/{component_id}")
 def component(request: Request, component_id: Id, after: After = None) -> HTMLResponse:
     index = api.index_of(request)
-    found = index.listed({"component": component_id}, after, PAGE)
+    found = index.listed({"component": component_id}, after, PAGE, index.tiles)
     if not found.images and after is None:
-        found = index.listed({"chain": component_id}, after, PAGE)
+        found = index.listed({"chain": component_id}, after, PAGE, index.tiles)
     rows = found.images or [api.one_of(index, component_id)]
     for row in rows:
         row |= {"note": score(row.get("similarity")), "mark": "kept" if row.get("kept") else ""}
@@ -209,7 +209,7 @@ def decontamination(request: Request, start: Start = 0) -> HTMLResponse:
 @router.get("/chain/{component_id}")
 def chain(request: Request, component_id: Id, after: After = None) -> HTMLResponse:
     index = api.index_of(request)
-    found = index.listed({"chain": component_id}, after, PAGE)
+    found = index.listed({"chain": component_id}, after, PAGE, index.tiles)
     figures.with_matches(index, found.images)
     return page(
         request,
@@ -227,7 +227,7 @@ def chain(request: Request, component_id: Id, after: After = None) -> HTMLRespon
 @router.get("/reference/{name:path}")
 def reference(request: Request, name: str, start: Start = 0) -> HTMLResponse:
     index = api.index_of(request)
-    found = index.ranked("matches", name[:400], start, PAGE // 2)
+    found = index.ranked("matches", name[:400], start, PAGE // 2, table=index.tiles)
     pairs = figures.with_matches(index, found.images, name)
     return page(
         request,
@@ -278,12 +278,12 @@ def cluster(
     if not 1 <= level <= 20 or not 0 <= cluster < 1 << 31:
         raise HTTPException(404, "no such cluster")
     if level == 1:
-        found = index.ranked("near", cluster, start, PAGE, farthest)
+        found = index.ranked("near", cluster, start, PAGE, farthest, index.tiles)
         for row in found.images:
             row["note"] = score(row.get("distance"))
         following = onward(request, start=found.after) if found.after is not None else None
     else:
-        found = index.listed({f"cluster_{level}": cluster}, after, PAGE)
+        found = index.listed({f"cluster_{level}": cluster}, after, PAGE, index.tiles)
         following = onward(request, after=found.after) if found.after is not None else None
     links = [("Nearest to the centroid", f"/cluster/1/{cluster}"), ("Farthest", f"/cluster/1/{cluster}?farthest=1")]
     return page(
@@ -313,7 +313,9 @@ def retrieval(request: Request, start: Start = 0, seed_set: Text = None) -> HTML
 def seed(request: Request, image_id: Id, start: Start = 0) -> HTMLResponse:
     index = api.index_of(request)
     rows, total = index.retrieved("seed", image_id, start, PAGE)
-    known = {int(row["image_id"]): row for row in index.some([image_id, *(int(r["image_id"]) for r in rows)])}
+    known = {
+        int(row["image_id"]): row for row in index.some([image_id, *(int(r["image_id"]) for r in rows)], index.tiles)
+    }
     found = [
         known[int(r["image_id"])] | {"note": f"{r['rank'] + 1} · {score(r['similarity'])}"}
         for r in rows
@@ -349,7 +351,7 @@ def scores(
     index = api.index_of(request)
     if name not in index.orders:
         raise HTTPException(404, "no such score")
-    found = index.scored(name, value, after, PAGE, down)
+    found = index.scored(name, value, after, PAGE, down, index.tiles)
     for row in found.images:
         row["note"] = score(row["score"])
     words = figures.SCORE_NAMES.get(name, name)
@@ -439,7 +441,7 @@ def _like(
     if found is not None:
         ids = [int(entry["image_id"]) for entry in found["images"]]
         cosines = {int(e["image_id"]): e["similarity_to_query"] for e in found["images"]}
-        rows = [row | {"note": f"{cosines[int(row['image_id'])]:.3f}"} for row in index.some(ids)]
+        rows = [row | {"note": f"{cosines[int(row['image_id'])]:.3f}"} for row in index.some(ids, index.tiles)]
         lead = (
             f"{number(found['cells_read'])} of {number(found['cells'])} cells were read; measured so, "
             f"{found['recall']:.1%} of the ten nearest are found."

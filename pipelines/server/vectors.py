@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numba
 import numpy as np
 
 from curation import vectors
@@ -32,6 +33,7 @@ ROWS_PER_CELL = 1500
 SAMPLED_PER_CELL = 32
 QUERIES = 150
 ITERATIONS = 8
+NOMINATED = 4
 ABSENT = np.uint32(0xFFFFFFFF)
 Tell = Callable[[str], None]
 
@@ -298,6 +300,9 @@ class Space:
                 self.document = json.load(file)
         self.probes = probes or int(self.document["probes"])
         self._codes = Column(os.path.join(folder, "codes"), np.int8)
+        _products(
+            np.zeros((1, 1), np.int8), np.zeros(1, np.int8), np.zeros(1, np.int32)
+        )  # compiled before it is needed
         self._rows = Column(os.path.join(folder, "rows"), np.uint32)
         self._places = Column(os.path.join(folder, "places"), np.uint32)
 
@@ -332,17 +337,17 @@ class Space:
         near = min(probes or self.probes, len(cells.centroids))
         scores = self.distances(turned, rotated=True)
         chosen = np.argpartition(scores, near - 1)[:near] if near < len(scores) else cells.order
+        width, weights = len(cells.scale), (turned * cells.scale).astype(np.float32)
+        # Products of bytes nominate several times as many as are asked for, float32 products order these.
+        coarse = np.rint(weights * (127 / max(float(np.abs(weights).max()), 1e-12))).astype(np.int8)
         rows, cosines = [], []
-        width = len(cells.scale)
-        weights = (turned * cells.scale).astype(np.float32)
         for start, stop in _runs(cells.starts, chosen):
             for first in range(start, stop, 1 << 16):
                 last = min(stop, first + (1 << 16))
                 codes = self._codes.read(first * width, last * width).reshape(-1, width)
-                found = codes.astype(np.float32) @ weights
-                best = np.argpartition(found, -count)[-count:] if len(found) > count else np.arange(len(found))
+                best = _nominated(codes, coarse, NOMINATED * count)
                 rows.append(self._rows.read(first, last)[best])
-                cosines.append(found[best])
+                cosines.append(codes[best].astype(np.float32) @ weights)
         if not rows:
             return np.empty(0, np.uint32), np.empty(0, np.float32)
         every, values = np.concatenate(rows), np.concatenate(cosines)
@@ -352,6 +357,24 @@ class Space:
     def close(self) -> None:
         for column in (self._codes, self._rows, self._places):
             column.close()
+
+
+def _nominated(codes: np.ndarray, query: np.ndarray, count: int) -> np.ndarray:
+    """(count,) places of the largest products, in any order. codes: (n, d) int8, query: (d,) int8."""
+    if len(codes) <= count:
+        return np.arange(len(codes))
+    products = np.empty(len(codes), np.int32)
+    _products(codes, query, products)
+    return np.argpartition(products, -count)[-count:]
+
+
+@numba.njit(cache=True, nogil=True)
+def _products(codes: np.ndarray, query: np.ndarray, products: np.ndarray) -> None:
+    for row in range(len(codes)):
+        total = np.int32(0)
+        for k in range(len(query)):
+            total += np.int32(codes[row, k]) * np.int32(query[k])
+        products[row] = total
 
 
 def _runs(starts: np.ndarray, cells: np.ndarray) -> Iterator[tuple[int, int]]:
