@@ -192,8 +192,9 @@ def web(root: Path) -> Iterator[int]:
 def start(config: Path) -> subprocess.Popen[bytes]:
     """`curate run` in a session of its own, its output in a file beside the configuration."""
     command = [sys.executable, "-m", "cli.main", "run", str(config), "--json"]
+    patient = {**os.environ, "RAY_raylet_start_wait_time_s": "300"}  # a busy machine is no fault of the run
     with open(config.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=patient)
 
 
 def strike(
