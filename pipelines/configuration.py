@@ -126,6 +126,8 @@ def read_mapping(path: str) -> tuple[dict[str, Any], str]:
         raise UserError(f"{path}: cannot be read as text ({error})") from error
     if len(data) > MAX_BYTES:
         raise UserError(f"{path}: larger than {MAX_BYTES >> 10} KiB, which no configuration is")
+    if _brackets(text) > 4 * MAX_DEPTH:  # PyYAML takes the square of their number
+        raise UserError(f"{path}: not valid YAML (nested too deep)")
     try:
         _check_size(yaml.compose(text, Loader=yaml.SafeLoader), path)
         document = yaml.load(text, Loader=_Loader)
@@ -141,6 +143,15 @@ def read_mapping(path: str) -> tuple[dict[str, Any], str]:
     if not isinstance(document, dict):
         raise UserError(f"{path}: a configuration is a mapping of blocks; `curate init` writes an example")
     return document, text
+
+
+def _brackets(text: str) -> int:
+    """The most brackets that are open at once, those in quotes counted too."""
+    deepest = depth = 0
+    for sign in re.findall(r"[\[{\]}]", text):
+        depth += 1 if sign in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def _check_size(root: yaml.Node | None, path: str) -> None:

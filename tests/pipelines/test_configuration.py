@@ -58,3 +58,43 @@ def test_any_text_is_read_or_refused_with_a_sentence(text: str) -> None:
     storage.write_whole(path, text.encode())
     with pytest.raises(UserError):
         configuration.load(path)
+
+
+def laughs(levels: int) -> str:
+    """A few lines whose aliases mean 10 ** levels values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, levels)]
+    return "\n".join(lines) + "\nrun: r\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (laughs(9), "aliases mean more than 100,000 values"),
+        ("run: r\na: &a {x: 1}\n" + "".join(f"b{n}: {{<<: [*a, *a]}}\n" for n in range(3)), "not valid YAML"),
+        ("run: &a [*a]\n", "line 1: an alias that contains itself"),
+        ("run: r\ndedup: &b {threshold: *b}\n", "line 2: an alias that contains itself"),
+        ("run: " + "[" * 60 + "]" * 60, "nested deeper than 50 levels"),
+        ("[" * 2000, "nested too deep"),
+        ("run: r\n#" + "x" * 300_000, "larger than 256 KiB"),
+        ("run: !!python/object/apply:os.system ['touch owned']\n", "line 1: not valid YAML"),
+        ("run: !!python/name:os.system\n", "line 1: not valid YAML"),
+        ("run: !anything x\n", "line 1: not valid YAML"),
+        ("run: r\nseed: " + "9" * 5000, "not valid YAML"),
+        ("run: 2024-13-45\n", "not valid YAML"),
+        ("run: !!bool maybe\n", "not valid YAML"),
+        ("run: !!timestamp x\n", "not valid YAML"),
+        ("? [a]\n: b\n", "line 1: not valid YAML .a key that is no plain word"),
+    ],
+)
+def test_bombs_tags_and_values_that_cannot_be_are_refused_with_a_sentence(
+    tmp_path: Path, text: str, sentence: str
+) -> None:
+    with pytest.raises(UserError, match=sentence):
+        loaded(tmp_path, text)
+    assert not Path("owned").exists()
+
+
+def test_aliases_of_honest_size_are_followed(tmp_path: Path) -> None:
+    text = f"run: r\n{SOURCES}download: {{allow_hosts: &hosts [a.example, b.example]}}\nseed: &seed 7\n"
+    assert loaded(tmp_path, text).download.allow_hosts == ["a.example", "b.example"]
