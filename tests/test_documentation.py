@@ -43,7 +43,7 @@ def test_commands_that_a_page_shows_exist(page: Path) -> None:
         options = {
             name for parameter in commands[command].params for name in (*parameter.opts, *parameter.secondary_opts)
         }
-        for option in re.findall(r" (--[a-z-]+)", arguments.split("#")[0]):
+        for option in re.findall(r" (--[a-z0-9-]+)", arguments.split("#")[0]):
             assert option in options, f"curate {command} {option}"
 
 
