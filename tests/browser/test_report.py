@@ -234,6 +234,13 @@ def test_a_report_in_a_bucket_is_the_same_one(tmp_path: Path, visit: Any) -> Non
         def log_message(self, *_: Any) -> None:
             """Tests print nothing."""
 
+        def do_GET(self) -> None:
+            if self.path == "/favicon.ico":  # browsers ask for it at the top of a server
+                self.send_response(204)
+                self.end_headers()
+            else:
+                super().do_GET()
+
     run = report_runs.small(tmp_path / "run", pool=20)
     handler = functools.partial(Quiet, directory=str(tmp_path))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
