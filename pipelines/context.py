@@ -76,9 +76,7 @@ class Context:
     def for_stage(self, name: str) -> "Context":
         """The same surroundings with what `resources.stages` says of a stage: its tasks ask for that."""
         asks = self.resources.stages.get(name, StageResources())  # type: ignore[call-arg]
-        memory = asks.memory or self.resources.memory_per_worker
-        resources = self.resources.model_copy(update={"memory_per_worker": memory})
-        return dataclasses.replace(self, resources=resources, asks=asks)
+        return dataclasses.replace(self, resources=self.resources.of_stage(name), asks=asks)
 
     def stage(self, name: str) -> StageDirectory:
         """Where a stage's output lies: in the run, or directly in `out`."""

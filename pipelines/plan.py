@@ -98,11 +98,11 @@ def _time(planned: StagePlan, hardware: Hardware) -> None:
 
 def _warnings(config: RunConfig, hardware: Hardware, stages: list[StagePlan]) -> list[str]:
     notes = []
-    allowed = config.resources.memory_bytes
     for planned in stages:
-        if planned.memory_per_worker > allowed:
+        allowed = config.resources.of_stage(planned.stage.split("/")[0])
+        if planned.memory_per_worker > allowed.memory_bytes:
             notes.append(
                 f"{planned.stage} needs about {planned.memory_per_worker / 2**30:,.1f} GiB per worker, "
-                f"resources.memory_per_worker is {config.resources.memory_per_worker}"
+                f"resources.memory_per_worker is {allowed.memory_per_worker}"
             )
     return notes

@@ -112,7 +112,7 @@ def _filter(config: RunConfig, counts: Counts, _sets: list[SeedSetPlan], _nomina
 
 def _dedup(config: RunConfig, counts: Counts, _sets: list[SeedSetPlan], _nominal: dict[str, int]) -> StagePlan:
     dimension = model_cost(config.filter.copy_model or COPY_MODEL)[1]
-    memory = config.resources.memory_bytes
+    memory = config.resources.of_stage("dedup").memory_bytes
     others = sum(counts.seeds.values()) - counts.exempt if counts.references else 0
     planned = StagePlan(
         "dedup",

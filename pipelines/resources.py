@@ -115,6 +115,12 @@ class Resources(StageConfig):
                 raise ValueError(f"`{name}` is no stage; {hint}")
         return stages
 
+    def of_stage(self, name: str) -> "Resources":
+        """The same with the memory of a stage's own entry, where it has one."""
+        asked = self.stages.get(name)
+        memory = asked.memory if asked is not None else None
+        return self.model_copy(update={"memory_per_worker": memory or self.memory_per_worker})
+
     @property
     def memory_bytes(self) -> int:
         """`memory_per_worker` in bytes."""
