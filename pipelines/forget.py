@@ -253,7 +253,7 @@ def _finish(context: Context, name: str) -> str:
         for number, folder in enumerate(folders, 1):
             removed[folder] = _take_out_of_stage(context, folder, removal)
             context.events.emit("part", NAME, part=folder, rows=0, done=number, total=len(folders))
-        _remove_assignments(run, removed)
+        _remove_assignments(run, removed, path)
         told["elsewhere"] = _elsewhere(context, name, salt, removal)
     told |= {"state": DONE, "finished": _now(), "removed": {stage: dict(c) for stage, c in removed.items() if c}}
     _save(run.root, name, told)
@@ -316,13 +316,15 @@ def _renew_card(generation: Generation, certificate_path: str) -> None:
     generation.put_file("manifest.json", card_bytes(card))
 
 
-def _remove_assignments(run: RunDirectory, removed: Mapping[str, Counter[str]]) -> None:
+def _remove_assignments(run: RunDirectory, removed: Mapping[str, Counter[str]], certificate_path: str) -> None:
     """Sketches of copy embeddings that the search kept (`cells/*.npz`): they no longer fit what they were made of."""
     if not any("copy embedding" in what for what in removed.get("score", ())):
         return
     directory = run.stage("dedup-search")
     for generation in directory.all_generations():
         kept = [name for name in generation.files if name.startswith("cells/")]
+        if not generation.complete:
+            storage.remove_folder(generation.file("cells"))
         if not kept:
             continue
         identity = generation.digest
@@ -332,6 +334,8 @@ def _remove_assignments(run: RunDirectory, removed: Mapping[str, Counter[str]]) 
                 fs.rm(inner)
             del generation.files[name]
         generation.identity = identity if generation.complete else None
+        if certificate_path not in generation.certificates:
+            generation.certificates.append(certificate_path)
         directory.save(generation)
 
 

@@ -273,7 +273,7 @@ class StageDirectory:
 
 def _to_json(generation: Generation) -> dict[str, Any]:
     forgotten = {"identity": generation.identity, "certificates": generation.certificates}
-    return (forgotten if generation.certificates else {}) | {
+    return (forgotten if generation.certificates or generation.identity is not None else {}) | {
         "generation": generation.number,
         "complete": generation.complete,
         "fingerprint": asdict(generation.fingerprint),

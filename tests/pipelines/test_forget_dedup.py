@@ -1,5 +1,6 @@
 """Dedup after images were forgotten: joints hold components together, nobody takes a place, copies stay out."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +8,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from curation.duplicates import chains
+from curation.duplicates import chains, planning
 from curation.duplicates.forest import EDGE, Nodes
 from curation.duplicates.members import Members, whole_set
+from curation.duplicates.tasks import JoinOptions
 from curation.schemas import image_id
 from curation.vectors import open_folder
-from pipelines import duplicate_forgotten, forget
+from pipelines import duplicate_forests, duplicate_forgotten, forget
 from pipelines.run_directory import RunDirectory
 from pipelines.stages import dedup
 from pipelines.stages.dedup import DedupConfig
-from tests.pipelines.test_dedup import DIMENSION, Images, Reversed, near, unit, write_folder
+from tests.pipelines.test_dedup import DIMENSION, Images, Reversed, near, planted, unit, write_folder
 
 
 def url(i: int) -> str:
@@ -171,3 +173,49 @@ def test_a_block_list_of_another_copy_model_is_said(tmp_path: Path) -> None:
     grow(images, 1, unit(random.standard_normal((2, DIMENSION))))
     with pytest.raises(dedup.UserError, match="copies of forgotten images could not be told"):
         images.dedup(threshold=0.7)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"split": "star"}, {"max_component": 2}, {"max_edges": 4}, {"split": "star", "representative": "medoid"}],
+)
+def test_guards_and_bounds_go_on_after_whole_components_were_forgotten(tmp_path: Path, options: Any) -> None:
+    random = np.random.default_rng(7)
+    images = Images(RunDirectory(str(tmp_path / "run")))
+    x = np.concatenate([chained(random), chained(random)])
+    first = grow(images, 0, x)
+    images.dedup(threshold=0.7, **options)
+    forget_urls(images, first[:3] + first[5:6], tmp_path)
+    fresh = np.stack([beyond(x[4], x[5]), unit(random.standard_normal(DIMENSION))])
+    copy, stranger = grow(images, 1, fresh)
+    images.dedup(threshold=0.7, **options)
+    rows = images.rows()
+    assert set(rows) == {first[3], first[4], first[6], first[7], copy, stranger}
+    # A star holds copies of its representative alone: where that was the link, this one never belonged to it.
+    by_mean = options.get("representative") == "medoid"
+    assert rows[stranger]["kept"] and rows[copy]["reason"] == ("kept" if by_mean else "self")
+
+
+def test_a_search_through_cells_goes_on_and_what_it_kept_is_gone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(duplicate_forests, "JoinOptions", partial(JoinOptions, exact_multiply_adds=0))
+    monkeypatch.setattr(planning, "PRODUCT_NANOSECONDS", 1e9)  # cells, whatever they cost
+    images = Images(RunDirectory(str(tmp_path / "run")))
+    x = planted(600)
+    ids = grow(images, 0, x[:550])
+    images.dedup(recall=0.8)
+    (search,) = images.run.stage("dedup-search").generations()
+    assert [name for name in search.files if name.startswith("cells/")]
+    before = images.rows()
+    gone = [i for i in ids if not before[i]["kept"]][:20] + [i for i in ids if before[i]["kept"]][:20]
+    forget_urls(images, gone, tmp_path)
+    (now,) = images.run.stage("dedup-search").generations()
+    assert not [name for name in now.files if name.startswith("cells/")] and now.digest == search.digest
+    assert not list(Path(search.directory).rglob("*.npz"))
+    late = grow(images, 1, x[550:])
+    images.dedup(recall=0.8)
+    rows = images.rows()
+    assert set(rows) == (set(ids) | set(late)) - set(gone)
+    assert [name for name in images.run.stage("dedup-search").generations()[-1].files if name.startswith("cells/0000")]
+    assert all(rows[i]["kept"] == before[i]["kept"] for i in set(ids) - set(gone))
