@@ -14,6 +14,7 @@ from pipelines.context import Context
 from pipelines.run_directory import RunDirectory
 from pipelines.stages import manifest, report
 from tests.pipelines.synthetic_run import LEAVES, build
+from tests.pipelines.test_report import set_thresholds
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "demo-run"
@@ -29,6 +30,7 @@ class Here(Context):
 def small(folder: Path, **options: Any) -> Path:
     """A synthetic run with a manifest, centroids and a report; returns its folder."""
     made = build(folder, **options)
+    set_thresholds(made)
     _centroids(made.run)
     manifest.execute(Here(run=made.run), manifest.ManifestConfig())
     report.execute(Here(run=made.run), report.ReportConfig())
