@@ -15,7 +15,7 @@ Section = dict[str, Any]
 class Sampling:
     """How much of each thing the pages show."""
 
-    chosen: int = 34
+    chosen: int = 32
     hosts: int = 25
     examples: int = 3
     dropped_per_reason: int = 12
