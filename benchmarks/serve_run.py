@@ -70,7 +70,7 @@ def make(root: str, rows: int) -> None:
             kept_seen.append(ids[kept][::7])
     _centroids(stages["cluster"], centres, tops, sizes)
     _choose(stages, np.concatenate(kept_seen), seeds)
-    for name, generation in stages.items():
+    for generation in stages.values():
         context.finish(generation, {})
 
 

@@ -139,8 +139,8 @@ def _require_packages() -> None:
     try:
         import duckdb  # noqa: F401
         import fastapi  # noqa: F401
-        import python_multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError as error:
         raise UserError(f"curate serve needs {error.name}: `pip install 'lvd-curate[serve]'`", exit_code=1) from error

@@ -1,4 +1,4 @@
-"""`curate status --watch`: a table that follows a run's events; lines where output is piped, JSON lines for machines."""
+"""`curate status --watch`: a table that follows a run's events; lines where output is piped, JSON for machines."""
 
 import json
 import sys

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
+import numpy as np
 from fastapi import APIRouter, File, HTTPException, Path, Query, Request, Response, UploadFile
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
@@ -264,7 +265,7 @@ def similar_to(
     by_row = dict(zip(rows.tolist(), cosines.tolist(), strict=True))
     found = []
     for row in index.shown(rows.astype("int64")).tolist():
-        entry = index.table.take([row])[0]
+        entry = index.table.take(np.array([row]))[0]
         if int(entry["image_id"]) != image_id:
             found.append(entry | {"similarity_to_query": round(min(1.0, by_row[row]), 4)})
     document = held.document

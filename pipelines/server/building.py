@@ -12,6 +12,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -151,7 +152,7 @@ class _Build:
             shutil.rmtree(self.work, ignore_errors=True)
         self.document["spaces"] = {}
         for space, paths in self.tables.embeddings.items():
-            self.stage(f"vectors of {space}", lambda space=space, paths=paths: self.vectors(space, paths))
+            self.stage(f"vectors of {space}", partial(self.vectors, space, paths))
 
     def stage(self, name: str, work: Callable[[], None]) -> None:
         self.tell(f"{name} …")
@@ -166,7 +167,8 @@ class _Build:
         queries = {
             "url": "SELECT hash(full_url), row FROM part WHERE full_url IS NOT NULL",
             "sha256": "SELECT hash(sha256), row FROM part WHERE sha256 IS NOT NULL UNION ALL "
-            "SELECT hash(stored_sha256), row FROM part WHERE stored_sha256 IS NOT NULL AND stored_sha256 IS DISTINCT FROM sha256",
+            "SELECT hash(stored_sha256), row FROM part WHERE stored_sha256 IS NOT NULL "
+            "AND stored_sha256 IS DISTINCT FROM sha256",
             "pixel": "SELECT hash(pixel_sha256), row FROM part WHERE pixel_sha256 IS NOT NULL",
             "pca": "SELECT pca_hash, row FROM part WHERE pca_hash IS NOT NULL",
             "host": "SELECT hash(host), row FROM part WHERE host IS NOT NULL",
@@ -457,12 +459,14 @@ class _Build:
             f"clusters_{level}",
             f"SELECT s.*, p.x, p.y, p.parent, b.brought FROM (SELECT cluster, sum(images)::BIGINT AS images, "
             f"sum(chosen)::BIGINT AS chosen, sum(distance) / sum(images) AS distance FROM sizes_{level} "
-            f"GROUP BY cluster) s LEFT JOIN place p USING (cluster) LEFT JOIN ({brought}) b USING (cluster) ORDER BY images DESC, cluster",
+            f"GROUP BY cluster) s LEFT JOIN place p USING (cluster) LEFT JOIN ({brought}) b USING (cluster) "
+            "ORDER BY images DESC, cluster",
         )
         self.db.execute("DROP TABLE place")
         effective = (
             f"SELECT count(*) AS clusters, count(*) FILTER (q > 0) AS chosen_from, "
-            f"exp(-sum(p * ln(p)) FILTER (p > 0)) AS before, exp(-sum(q * ln(q)) FILTER (q > 0)) AS after FROM (SELECT sum(images) / sum(sum(images)) "
+            "exp(-sum(p * ln(p)) FILTER (p > 0)) AS before, exp(-sum(q * ln(q)) FILTER (q > 0)) AS after "
+            "FROM (SELECT sum(images) / sum(sum(images)) "
             f"OVER () AS p, sum(chosen) / nullif(sum(sum(chosen)) OVER (), 0) AS q FROM sizes_{level} GROUP BY cluster)"
         )
         self.document.setdefault("balance", {})[str(level)] = self.dictionaries(effective)[0]

@@ -7,7 +7,7 @@ value in EVERY is in memory. A row is the dense number of an image: images in or
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -30,7 +30,7 @@ class Column:
         self._rows = os.fstat(self._file).st_size // self.dtype.itemsize
 
     def __len__(self) -> int:
-        return self._rows
+        return int(self._rows)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Values [start, stop), cut to what there is."""
@@ -110,7 +110,7 @@ class Groups:
 class Rows:
     """Rows of a table by their number, in compressed batches of an Arrow file. columns: only these are unpacked."""
 
-    def __init__(self, path: str, columns: Sequence[str] | None = None) -> None:
+    def __init__(self, path: str, columns: Collection[str] | None = None) -> None:
         self._file = pa.OSFile(path)
         reader = pa.ipc.open_file(self._file)
         self.names = list(reader.schema.names)
@@ -125,10 +125,10 @@ class Rows:
         batches = self._reader.num_record_batches
         if not batches:
             return 0
-        return (batches - 1) * BATCH_ROWS + int(self._reader.get_batch(batches - 1).num_rows)
+        return int(batches - 1) * BATCH_ROWS + int(self._reader.get_batch(batches - 1).num_rows)
 
     def __len__(self) -> int:
-        return self.rows
+        return int(self.rows)
 
     def take(self, rows: np.ndarray) -> list[dict[str, Any]]:
         """The rows with these numbers, in this order, as mappings."""
@@ -163,8 +163,8 @@ class ColumnWriter:
         self.dtype = np.dtype(dtype)
         os.makedirs(os.path.dirname(path), exist_ok=True)
         self._files = ExitStack()
-        self._file = self._files.enter_context(open(path, "wb"))
-        self._sample = self._files.enter_context(open(path + ".every", "wb")) if ordered else None
+        self._file = self._files.enter_context(open(path, "wb"))  # noqa: SIM115
+        self._sample = self._files.enter_context(open(path + ".every", "wb")) if ordered else None  # noqa: SIM115
         self.count = 0
 
     def append(self, values: np.ndarray) -> None:

@@ -22,9 +22,11 @@ BUDGET_S = 0.4
 """A page is given as far as it has come after so long; its cursor goes on from there."""
 MOST_WORDS = 12
 TILE = frozenset(
-    ("image_id", "source", "status", "error", "shard", "offset", "length", "nsfw", "label", "caption")
-    + ("kept", "reason", "weight", "similarity", "distance", "references")
-    + tuple(f"cluster_{level}" for level in range(1, 21))
+    (
+        *("image_id", "source", "status", "error", "shard", "offset", "length", "nsfw", "label", "caption"),
+        *("kept", "reason", "weight", "similarity", "distance", "references"),
+        *(f"cluster_{level}" for level in range(1, 21)),
+    )
 )
 """Columns of an image among others on a page; the rest is unpacked for JSON and for an image's own page."""
 HEX = re.compile(r"[0-9a-fA-F]+")
@@ -126,14 +128,15 @@ class Opened:
             return rows
         hidden = self._hidden_rows
         at = np.minimum(np.searchsorted(hidden, rows.astype(np.uint32)), len(hidden) - 1)
-        return rows[hidden[at] != rows]
+        return np.asarray(rows[hidden[at] != rows])
 
     # Pages of images.
 
     def listed(self, filters: Mapping[str, Any], after: int | None, limit: int, table: Rows | None = None) -> Page:
         """Images that belong to all of `filters`, by ascending id. after: the id of the last one seen.
 
-        table: `self.tiles`, where that is enough. filters: group -> what it is called (`host`, `cluster_2`, ...), and `words`: a text whose words all occur.
+        filters: group -> what it is called (`host`, `cluster_2`, ...), and `words`: a text whose words all occur.
+        table: `self.tiles`, where that is enough.
         """
         ranges = self._ranges(filters)
         start = 0 if after is None else self.ids.search(min(max(after, 0), (1 << 64) - 1), "right")
@@ -206,15 +209,15 @@ class Opened:
         position: of the first, as the cursor of the page before says; backwards: from the far end.
         """
         start, stop = self.groups[kind].find(self.key(kind, value)) if kind in self.groups else (0, 0)
-        position = max(0, position)
+        if not stop:
+            return Page([], None, 0)
+        column, position = self.groups[kind].rows, max(0, position)
         if backwards:
-            rows = (
-                self.groups[kind].rows.read(max(start, stop - position - limit), stop - position)[::-1] if stop else []
-            )
+            rows = column.read(max(start, stop - position - limit), stop - position)[::-1]
         else:
-            rows = self.groups[kind].rows.read(start + position, min(stop, start + position + limit)) if stop else []
+            rows = column.read(start + position, min(stop, start + position + limit))
         more = start + position + limit < stop
-        shown = self.shown(np.asarray(rows, np.int64))
+        shown = self.shown(rows.astype(np.int64))
         return Page((table or self.table).take(shown), position + limit if more else None, stop - start)
 
     def scored(
@@ -321,15 +324,9 @@ class Opened:
 
     def close(self) -> None:
         """Let go of the files."""
-        for held in (
-            self.ids,
-            self.table,
-            self.tiles,
-            *self.groups.values(),
-            *self.lists.values(),
-            *self.spaces.values(),
-        ):
-            held.close()
+        held: list[Any] = [self.ids, self.table, self.tiles]
+        for one in [*held, *self.groups.values(), *self.lists.values(), *self.spaces.values()]:
+            one.close()
         for values, rows in self.orders.values():
             values.close()
             rows.close()

@@ -56,8 +56,11 @@ def run_parts(run: RunDirectory) -> RunParts:
         spaces["copies"] = tuple(copies)
     return RunParts(
         tuple(images),
-        *(tuple(current_parts(run, stage)) for stage in ("dedup", "cluster", "retrieve", "mix")),
-        embeddings=spaces,
+        tuple(current_parts(run, "dedup")),
+        tuple(current_parts(run, "cluster")),
+        tuple(current_parts(run, "retrieve")),
+        tuple(current_parts(run, "mix")),
+        spaces,
     )
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from curation.audit.words import visible
 
+REASONS = {"self": "near copy", "reference": "evaluation match", "exact": "exact copy", "hash": "hash copy"}
+"""Reasons of DUPLICATES in the words of the pages."""
 HASHES = ("sha256", "stored_sha256", "pixel_sha256")
 UNSAFE = 0.5
 """NSFW score above which a thumbnail is veiled until asked for."""
@@ -42,8 +44,7 @@ def state_of(row: Mapping[str, Any]) -> tuple[str, str]:
     if row.get("weight") is not None:
         return "chosen", "in the dataset"
     if row.get("kept") is False:
-        reasons = {"self": "near copy", "reference": "evaluation match", "exact": "exact copy", "hash": "hash copy"}
-        return "dropped", reasons.get(str(row.get("reason")), visible(row.get("reason"), 40))
+        return "dropped", REASONS.get(str(row.get("reason")), visible(row.get("reason"), 40))
     return "kept", "kept in the pool" if row.get("kept") else "usable"
 
 

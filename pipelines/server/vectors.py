@@ -2,8 +2,8 @@
 
 Cells are k-means of two levels (groups of centroids, searched as `nearest.Grouping` does), so that a vector is
 compared with a few hundred centroids at any number of rows. A vector is rotated to at most CODED principal components
-where it has more, and each is stored as one byte. The build finds the nearest of some queries by exact search over all vectors,
-reads so many cells that they hold WANTED of these, and measures the recall of its own searches.
+where it has more, and each is stored as one byte. The build finds the nearest of some queries by exact
+search over all vectors, reads so many cells that they hold WANTED of these, and measures the recall of its searches.
 """
 
 import json
@@ -186,7 +186,7 @@ def _shuffle(
             made["code"] = np.clip(np.rint(turned / scale), -127, 127)
             made = made[rows[some] != ABSENT]
             made = made[np.argsort(group[made["cell"]], kind="stable")]
-            cuts = np.searchsorted(group[made["cell"]], np.r_[names, names[-1] + 1])
+            cuts = np.searchsorted(group[made["cell"]], np.append(names, names[-1] + 1)).tolist()
             for name, first, last in zip(names, cuts[:-1], cuts[1:], strict=True):
                 if last > first:
                     with open(os.path.join(scratch, str(name)), "ab") as file:
@@ -316,7 +316,8 @@ class Space:
         place, width = self.place(row), len(self.cells.scale)
         if place < 0:
             return None
-        return self._codes.read(place * width, (place + 1) * width).astype(np.float32) * self.cells.scale
+        code = self._codes.read(place * width, (place + 1) * width)
+        return np.asarray(code.astype(np.float32) * self.cells.scale)
 
     def place(self, row: int) -> int:
         """Where the vector of an image lies, -1 where it has none."""

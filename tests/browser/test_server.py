@@ -1,4 +1,4 @@
-"""`curate serve` in a real browser: every page, keys, forms; nothing wrong, nothing from outside, nothing WCAG forbids."""
+"""`curate serve` in a real browser: every page, keys, forms; no error, no foreign request, nothing WCAG forbids."""
 
 import re
 import shutil

@@ -22,8 +22,13 @@ def curate(*arguments: str) -> Any:
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [(["nowhere"], "no such run"), (["{file}"], "a file"), (["{run}", "--token", "short"], "16 characters"), (["{run}", "--compare", "nowhere"], "no such run")],
-)  # fmt: skip
+    [
+        (["nowhere"], "no such run"),
+        (["{file}"], "a file"),
+        (["{run}", "--token", "short"], "16 characters"),
+        (["{run}", "--compare", "nowhere"], "no such run"),
+    ],
+)
 def test_what_cannot_be_served_is_one_sentence(
     made: SyntheticRun, tmp_path: Path, arguments: list[str], words: str
 ) -> None:

@@ -204,7 +204,7 @@ def test_measured_recall_is_that_of_the_cells_that_are_read(tmp_path: Path) -> N
     stored = np.repeat(centres, 200, axis=0) + 0.6 * random.normal(size=(6000, 32))
     stored /= np.linalg.norm(stored, axis=1, keepdims=True)
     space, made = space_of(tmp_path, stored)
-    assert 1 < made["cells"] and made["probes"] <= made["cells"]
+    assert made["cells"] > 1 and made["probes"] <= made["cells"]
     hits = total = 0
     for row in range(0, 6000, 60):
         exact = np.argsort(-(stored @ stored[row]))[1:11]

@@ -1,5 +1,6 @@
 """A run under way: its events as progress, on the page, as metrics, in the terminal."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def test_table_of_watch_holds_rates_time_left_and_failures() -> None:
         "driver": {"pid": 1, "host": "h", "since": "now"},
     }
     document["warnings"] = [{"text": "a\x1b[31m host [bold]"}]
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))
+    console = Console(width=140, record=True, file=io.StringIO())
     console.print(watching.drawn(document))
     text = console.export_text()
     assert all(word in text for word in ("5/10", "10.0", "0:50", "15 http_404", "running", "process 1 on h", "[bold]"))
