@@ -1,4 +1,4 @@
-"""A cluster of two nodes with a token: jobs sent to it, machines lost, folders that not all of them see."""
+"""Clusters with a token: jobs sent to one and followed, a node of one lost while it computes."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ ROWS, DIMENSION, PART = 3000, 64, 100
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Cluster]:
+def job_server() -> Iterator[Cluster]:
     with Cluster(head_cpus=1, dashboard=True) as made:
         yield made
 
@@ -30,30 +30,41 @@ def finish(process: subprocess.Popen[str]) -> tuple[int, str]:
     return process.returncode, said
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_submitted_run_is_followed_to_its_end_and_its_secrets_stay_out_of_all_logs(
-    cluster: Cluster, tmp_path: Path
+    job_server: Cluster, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, tmp_path / "run", "sscd_distilled", detectors=False)
-    sent = cluster.curate(
-        "submit", config, "--address", cluster.jobs_address, "--until", "import", "--env", f"OBJECT_STORE_KEY={SECRET}"
+    sent = job_server.curate(
+        "submit",
+        config,
+        "--address",
+        job_server.jobs_address,
+        "--until",
+        "import",
+        "--env",
+        f"OBJECT_STORE_KEY={SECRET}",
     )
     code, said = finish(sent)
     assert code == 0, said
     assert "submitted raysubmit_" in said and "import: 30 rows" in said and "succeeded" in said
     generations = {path.split("/")[1] for path in results(tmp_path / "run") if path.startswith("import/")}
     assert len(generations) == 4
-    assert SECRET not in said and SECRET not in cluster.logs()
-    code, said = finish(cluster.curate("submit", "--list", "--address", cluster.jobs_address, "--json"))
+    assert SECRET not in said and SECRET not in job_server.logs()
+    code, said = finish(job_server.curate("submit", "--list", "--address", job_server.jobs_address, "--json"))
     (job,) = json.loads(said.strip().splitlines()[-1])["jobs"]
     assert (code, job["state"], job["exit_code"], job["run"]) == (0, "SUCCEEDED", 0, str(tmp_path / "run"))
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_run_that_is_refused_on_the_cluster_has_its_sentence_and_its_exit_code_here(
-    cluster: Cluster, tmp_path: Path
+    job_server: Cluster, tmp_path: Path
 ) -> None:
     config = write_config(tmp_path, tmp_path / "run", "sscd_distilled", detectors=False)
     config.write_text(config.read_text().replace(f"{tmp_path}/seeds-even", f"{tmp_path}/nowhere"))
-    code, said = finish(cluster.curate("submit", config, "--address", cluster.jobs_address))
+    code, said = finish(job_server.curate("submit", config, "--address", job_server.jobs_address))
     assert code == 2 and f"{tmp_path}/nowhere: no such folder" in said and "exit code 2" in said, said
     assert "Traceback" not in said
 
@@ -73,8 +84,9 @@ def digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.rglob("*.parquet"))}
 
 
+@pytest.mark.timeout(900)
 def test_a_node_killed_while_it_computes_changes_nothing(
-    cluster: Cluster, tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipelines.context import Context
     from pipelines.run_directory import RunDirectory
@@ -83,15 +95,16 @@ def test_a_node_killed_while_it_computes_changes_nothing(
     make(tmp_path / "vectors")
     here = Context(RunDirectory(str(tmp_path / "here")), out=str(tmp_path / "here"))
     stage.execute(here, stage.ClusterConfig(levels=[40]), embeddings=str(tmp_path / "vectors"))  # type: ignore[call-arg]
-    node = cluster.add()
     monkeypatch.chdir(tmp_path)  # relative paths mean the same on every node
-    options = ["--embeddings", "vectors", "--out", "there", "--levels", "40"]
-    process = cluster.curate("cluster", *options, "--ray-address", cluster.address)
-    deadline = time.monotonic() + 120
-    while not (busy := node.is_at_work()) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    node.kill()
-    assert busy, "the node got no work"
-    code, said = finish(process)
-    assert code == 0, said
+    with Cluster() as cluster:
+        node = cluster.add()
+        options = ["--embeddings", "vectors", "--out", "there", "--levels", "40"]
+        process = cluster.curate("cluster", *options, "--ray-address", cluster.address)
+        deadline = time.monotonic() + 120
+        while not (busy := node.is_at_work()) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        node.kill()
+        assert busy, "the node got no work"
+        code, said = finish(process)
+        assert code == 0, said
     assert digests(tmp_path / "there") == digests(tmp_path / "here") and len(digests(tmp_path / "here")) > ROWS // PART
