@@ -74,7 +74,7 @@ def test_an_orientation_that_only_xmp_tells_is_read_as_it_is_decoded() -> None:
         assert decoding_header.plain_size(data, "JPEG") == (found.width, found.height)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(st.sampled_from(["JPEG", "PNG", "WEBP"]), st.data())
 def test_what_is_read_of_a_changed_header_is_what_the_codecs_library_reads(kind: str, data: st.DataObject) -> None:
     changed = bytearray(encoded(scene(size=(24, 16)), kind, exif=exif([(0x0112, 3, 1, 6)])))
@@ -112,7 +112,7 @@ def test_asking_for_a_header_decodes_no_pixels_here(monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize(
     "data",
     [
-        with_segments(*[b"Exif\0\0" + bytes(20)] * 80_000),  # joined one by one: copied for minutes
+        with_segments(*[b"Exif\0\0" + bytes(20)] * 70_000),  # joined one by one: copied for minutes
         b"GIF89a" + struct.pack("<HHBBB", 4, 4, 0, 0, 0) + b"!\xfe" + b"\x01a" * 1_500_000,
     ],
     ids=["jpeg", "gif"],

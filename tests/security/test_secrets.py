@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from curation.audit.words import visible
 from curation.errors import UserError
+from curation.manifest import portable
 from curation.secrets import hide, hide_all
 from pipelines import description, sources
 from pipelines.context import Context
@@ -114,6 +116,13 @@ def manifest_rows(path: Path) -> list[dict[str, str | None]]:
     return list(pq.read_table(path, columns=["url", "error"]).to_pylist())
 
 
+def test_what_a_page_or_a_card_shows_of_a_url_hides_them() -> None:
+    url = f"https://u:{SECRET}@h.example/list.txt?sig={SECRET}"
+    assert SECRET not in visible(url) and "h.example/list.txt" in visible(url)
+    assert SECRET not in json.dumps(portable({"sources": [{"urls": url}], "opt_out": url}))
+
+
+@pytest.mark.long
 def test_the_card_and_the_report_hide_them(tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch) -> None:
     import tests.pipelines.synthetic_run as made
 
