@@ -1,7 +1,7 @@
 """The fields of KubeRay's `ray.io/v1` that the manifests use, and no others: a misspelt key is an error.
 
 No package index carries the definitions of KubeRay, so these were written from its reference; the manifests were also
-checked against the definitions of KubeRay 1.6 by hand. Pods are checked by the schemas of Kubernetes itself.
+checked against the definitions of KubeRay 1.7 by hand. Pods are checked by the schemas of Kubernetes itself.
 """
 
 from typing import Any
