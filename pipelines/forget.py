@@ -329,9 +329,7 @@ def _remove_assignments(run: RunDirectory, removed: Mapping[str, Counter[str]], 
             continue
         identity = generation.digest
         for name in kept:
-            fs, inner = storage.filesystem(generation.file(name))
-            if fs.exists(inner):
-                fs.rm(inner)
+            storage.remove(generation.file(name))
             del generation.files[name]
         generation.identity = identity if generation.complete else None
         if certificate_path not in generation.certificates:

@@ -123,25 +123,23 @@ def scrub_notes(path: str, texts: Texts) -> None:
 
 def remove_leftovers(root: str, stages: list[str]) -> None:
     """What killed writers left aside, and scratch: both may hold what is to go."""
-    fs, inner = storage.filesystem(root)
-    base = inner.rstrip("/")
-    for path in fs.find(base):
-        name = str(path).rsplit("/", 1)[-1]
+    for path in _files(root):
+        name = path.rsplit("/", 1)[-1]
         if name.startswith(".") and name.endswith(".tmp"):
-            fs.rm(path)
+            storage.remove(path)
     for stage in stages:
-        for generation in fs.glob(f"{base}/{stage}/gen-*"):
-            for name in SCRATCH:
-                if fs.exists(f"{generation}/{name}"):
-                    fs.rm(f"{generation}/{name}", recursive=True)
+        for generation in storage.list_folders(storage.join(root, stage)):
+            for name in SCRATCH if generation.startswith("gen-") else ():
+                storage.remove_folder(storage.join(root, stage, generation, name))
 
 
 def remove_folder(root: str, name: str) -> bool:
     """Remove RUN/NAME; whether it was there."""
-    fs, inner = storage.filesystem(storage.join(root, name))
+    path = storage.join(root, name)
+    fs, inner = storage.filesystem(path)
     if not fs.exists(inner):
         return False
-    fs.rm(inner, recursive=True)
+    storage.remove_folder(path)
     return True
 
 
