@@ -179,6 +179,18 @@ def corpus(folder: Path) -> dict[str, Any]:
     }
 
 
+def _sum_up(found: dict[str, Any], options: argparse.Namespace) -> None:
+    """Counts over what was done so far, written: a campaign may be ended early."""
+    entries = [entry for engine in ("mutated", "guided") for entry in found[engine].values()]
+    found["inputs"] = sum(entry["inputs"] for entry in entries)
+    found["crashes"] = sum(sum(entry.get("crashes", {}).values()) for entry in entries)
+    found["seconds_per_target"], found["seed"] = options.seconds, options.seed
+    found["versions"] = machine.versions(["pillow", "pyarrow", "protego", "PyYAML", "numpy", "atheris"])
+    found["machine"] = machine.facts()
+    if options.out is not None:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="per target and engine")
@@ -199,16 +211,7 @@ def main() -> None:
         if name in GUIDED:
             found["guided"][name] = guided(name, options.seconds, options.keep)
             print(name, "guided", json.dumps(found["guided"][name]), flush=True)
-    counts = [entry["inputs"] for engine in ("mutated", "guided") for entry in found[engine].values()]
-    found["inputs"] = sum(counts)
-    found["crashes"] = sum(
-        sum(entry.get("crashes", {}).values()) for engine in ("mutated", "guided") for entry in found[engine].values()
-    )
-    found["seconds_per_target"], found["seed"] = options.seconds, options.seed
-    found["versions"] = machine.versions(["pillow", "pyarrow", "protego", "PyYAML", "numpy", "atheris"])
-    found["machine"] = machine.facts()
-    if options.out is not None:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        _sum_up(found, options)
     print(f"{found['inputs']:,} inputs, {found['crashes']} crashes")
     sys.exit(1 if found["crashes"] else 0)
 
