@@ -21,6 +21,7 @@ GROUPS = (
     "selection",
     "dataset",
     "adding",
+    "serving",
     "forgetting",
     "submission",
     "training",
