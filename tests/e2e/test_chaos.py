@@ -8,11 +8,11 @@ import pytest
 from benchmarks import chaos
 
 
-def carried_out(root: Path, kills: int, originals: int, seed: int) -> chaos.Chaos:
+def carried_out(root: Path, kills: int, originals: int, seed: int, workers: int) -> chaos.Chaos:
     chaos.prepare(root, originals)
     with chaos.web(root) as port:
         chaos.write_urls(root, port)
-        programme = chaos.Chaos(root, seed)
+        programme = chaos.Chaos(root, seed, workers)
         expected, seconds = programme.whole()
         programme.carry_out(kills, expected, 0.4 * seconds)
     return programme
@@ -27,15 +27,15 @@ def check(programme: chaos.Chaos, kills: int) -> None:
     assert not [log for log in logs if "Traceback" in log]
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_five_kills_at_random_lose_no_row_and_no_byte(tmp_path: Path) -> None:
-    check(carried_out(tmp_path, 5, 8, seed=214), 5)
+    check(carried_out(tmp_path, 5, 8, seed=214, workers=1), 5)
 
 
 @pytest.mark.long
 @pytest.mark.timeout(7200)
 def test_fifty_kills_at_random_lose_no_row_and_no_byte(tmp_path: Path) -> None:
-    check(carried_out(tmp_path, 50, 16, seed=random.SystemRandom().randrange(10**6)), 50)
+    check(carried_out(tmp_path, 50, 16, seed=random.SystemRandom().randrange(10**6), workers=2), 50)
 
 
 def test_rows_that_are_lost_or_twice_are_counted() -> None:

@@ -324,9 +324,9 @@ def differ(here: bytes, there: bytes, root: Path) -> bool:
     """Whether two files differ in more than where the sources lie."""
     if here == there:
         return False
-    try:
-        a, b = (pq.read_table(pa.BufferReader(data)) for data in (here, there))
-    except pa.ArrowInvalid:
-        return here.replace(str(root).encode(), b"s3://bucket/sources") != there
+    if here[:1] == b"{":  # the data card names digests of tables in which those places stand
+        cards = json.loads(here), json.loads(there)
+        return any(cards[0][key] != cards[1][key] for key in ("counts", "decontamination", "seed_sets"))
+    a, b = (pq.read_table(pa.BufferReader(data)) for data in (here, there))
     moved = [str(row).replace(str(root), "s3://bucket/sources") for row in a.to_pylist()]
     return moved != [str(row) for row in b.to_pylist()]
