@@ -127,7 +127,8 @@ def _forget(context: Context, found: Forgotten, lists: Mapping[Kind, str], copie
     if found.planned or not (fresh.any() or any(len(values) for _, values in news)):
         return
     name = _next(run.root)
-    blocklist.put_keys(run.root, f"{name}-asked", news, 0)
+    if news:
+        blocklist.put_keys(run.root, f"{name}-asked", news, 0)
     _save(run.root, name, _begun(name, found, asked, wanted, chosen, caught))
     table = pa.table([pa.array(chosen.ids[fresh]), pa.array(chosen.representatives[fresh])], schema=LIST)
     storage.write_whole(run.path(FORGOTTEN, f"{name}.parquet"), storage.table_bytes(table))

@@ -312,6 +312,21 @@ def test_copies_are_the_default_for_hashes_and_counted_otherwise(run: RunDirecto
     assert hidden.forgotten_representatives(run.root).tolist() == [12]
 
 
+def test_what_the_block_list_caught_can_be_swept_out(run: RunDirectory) -> None:
+    (generation,) = run.stage("filter").generations()
+    path = generation.part_paths[0]
+    rows = read(path)
+    rows[4] |= {"status": "dropped", "error": "forgotten"}
+    generation.parts[0] = generation.writer.write(generation.parts[0].name, pa.Table.from_pylist(rows, schema=IMAGES))
+    run.stage("filter").save(generation)
+    looked_for = {"url": url(4).encode(), "bytes": picture(4)[200:]}
+    assert holders(run.root, looked_for)
+    found = forget.forget(run.root, {}, caught=True)
+    assert (found.images, found.certificates) == (1, ["forgotten/0001.json"])
+    assert hidden.forgotten_ids(run.root).tolist() == [4] and holders(run.root, looked_for) == []
+    assert forget.forget(run.root, {}, caught=True).images == 0
+
+
 def test_domains_take_all_below_them_and_nothing_beside(run: RunDirectory, tmp_path: Path) -> None:
     assert (
         forget.forget(run.root, {"domains": listed(tmp_path, "*.host-1.example  # opted out", "ost-2.example")}).images
