@@ -1,6 +1,6 @@
 """Measures `curate download` against img2dataset alone, on the same list and the same web, and what each check costs.
 
-    python -m benchmarks.download_load --urls 100000 --rounds 2 --out benchmarks/results/download-load.json
+    python -m benchmarks.download_load --urls 100000 --rounds 1 --out benchmarks/results/download-load.json
 
 The web (download_web.py) is one process on loopback with many addresses and mixed faults; both programs ask with two
 processes of 64 threads, one try per URL, bytes stored as served, sha256 computed, in turns. The per-host limit of
@@ -182,8 +182,8 @@ def brought(folder: Path) -> dict[str, int]:
     return {str(entry["values"]): int(entry["counts"]) for entry in statuses}
 
 
-def compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
-    """Both programs in turns, the order changing."""
+def compare(options: argparse.Namespace, scratch: Path, keep: Callable[[dict[str, Any]], None]) -> None:
+    """Both programs in turns, the order changing. keep(found) after each run: they are long."""
     listed = scratch / "urls.txt"
     kinds = write_list(listed, options.urls, options.port)
     runs: dict[str, list[dict[str, Any]]] = {"curate": [], "img2dataset": []}
@@ -202,14 +202,17 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 shown = {k: v for k, v in found.items() if k != "memory_series"}
                 print(name, json.dumps(shown), flush=True)
                 shutil.rmtree(folder, ignore_errors=True)
-    totals = {name: sum(entry["seconds"] for entry in entries) for name, entries in runs.items()}
-    return {
-        "urls": options.urls,
-        "kinds": kinds,
-        "runs": runs,
-        "throughput_ratio": round(totals["img2dataset"] / totals["curate"], 3),
-        "cpu_ratio": round(sum(e["cpu_s"] for e in runs["curate"]) / sum(e["cpu_s"] for e in runs["img2dataset"]), 3),
-    }
+                keep(_ratios(options.urls, kinds, runs))
+
+
+def _ratios(urls: int, kinds: dict[str, int], runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    found: dict[str, Any] = {"urls": urls, "kinds": kinds, "runs": runs}
+    whole = min(len(entries) for entries in runs.values())
+    for what, measure, over in (("throughput", "seconds", "img2dataset"), ("cpu", "cpu_s", "curate")):
+        under = "curate" if over == "img2dataset" else "img2dataset"
+        sums = {name: sum(entry[measure] for entry in entries[:whole]) for name, entries in runs.items()}
+        found[f"{what}_ratio"] = round(sums[over] / sums[under], 3) if whole else None
+    return found
 
 
 def checks() -> dict[str, Callable[[], contextlib.AbstractContextManager[Any]]]:
@@ -327,19 +330,25 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=8871)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="curate-load-") as name:
-        found: dict[str, Any] = {"setting": {"hosts": HOSTS, "workers": WORKERS, "threads": THREADS, "tries": 1}}
-        if options.check_rounds:
-            found["checks"] = costs(options, Path(name))
-            print(json.dumps(found["checks"], indent=1), flush=True)
-        if options.rounds:
-            found["comparison"] = compare(options, Path(name))
+    found: dict[str, Any] = {"setting": {"hosts": HOSTS, "workers": WORKERS, "threads": THREADS, "tries": 1}}
+    if options.out is not None and options.out.exists():
+        found |= json.loads(options.out.read_text())
     found["versions"] = machine.versions(["img2dataset", "ray", "pyarrow", "pillow", "opencv-python-headless"])
     found["machine"] = machine.facts()
-    if options.out is not None:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
-    if options.rounds:
-        print(f"throughput {found['comparison']['throughput_ratio']} x, CPU {found['comparison']['cpu_ratio']} x")
+
+    def keep(name: str, part: dict[str, Any]) -> None:
+        found[name] = part
+        if options.out is not None:
+            options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory(prefix="curate-load-") as name:
+        if options.check_rounds:
+            keep("checks", costs(options, Path(name)))
+            print(json.dumps(found["checks"], indent=1), flush=True)
+        if options.rounds:
+            compare(options, Path(name), lambda part: keep(f"comparison-{options.urls}", part))
+            part = found[f"comparison-{options.urls}"]
+            print(f"throughput {part['throughput_ratio']} x, CPU {part['cpu_ratio']} x")
 
 
 if __name__ == "__main__":
