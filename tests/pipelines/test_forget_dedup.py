@@ -57,7 +57,7 @@ def beyond(vector: np.ndarray, link: np.ndarray) -> np.ndarray:
     return unit(vector - 0.25 * link)
 
 
-@pytest.mark.parametrize("representative", ["earliest", "resolution"])
+@pytest.mark.parametrize("representative", ["earliest", pytest.param("resolution", marks=pytest.mark.long)])
 def test_a_forgotten_link_still_joins_its_component(tmp_path: Path, representative: str) -> None:
     random = np.random.default_rng(1)
     images = Images(RunDirectory(str(tmp_path / "run")))
@@ -177,7 +177,12 @@ def test_a_block_list_of_another_copy_model_is_said(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"split": "star"}, {"max_component": 2}, {"max_edges": 4}, {"split": "star", "representative": "medoid"}],
+    [
+        {"split": "star"},
+        pytest.param({"max_component": 2}, marks=pytest.mark.long),
+        pytest.param({"max_edges": 4}, marks=pytest.mark.long),
+        pytest.param({"split": "star", "representative": "medoid"}, marks=pytest.mark.long),
+    ],
 )
 def test_guards_and_bounds_go_on_after_whole_components_were_forgotten(tmp_path: Path, options: Any) -> None:
     random = np.random.default_rng(7)
