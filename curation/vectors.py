@@ -72,7 +72,10 @@ def open_folder(folder: str) -> VectorSet:
     if not paths:
         where = "is empty of *.parquet files" if storage.exists(folder) else "does not exist"
         raise UserError(f"{folder}: {where}; embeddings are Parquet files with columns image_id and embedding")
-    return open_files(paths)
+    try:
+        return open_files(paths)
+    except parquet.DamagedError as error:  # a folder that was asked for, not a part that a run wrote
+        raise UserError(str(error).partition(";")[0]) from error
 
 
 def open_files(paths: Sequence[str]) -> VectorSet:
@@ -218,10 +221,7 @@ def open_parquet(path: str) -> pa.NativeFile | str:
 
 
 def _describe(path: str) -> tuple[int, int, str, str | None]:
-    try:
-        file = parquet.open_file(path)
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+    file = parquet.open_file(path)
     schema = file.schema_arrow
     for name in ("image_id", "embedding"):
         if name not in schema.names:
