@@ -13,6 +13,7 @@ from typing import Any
 
 from curation import device, storage
 from curation.errors import GO_ON, UserError, mendable
+from pipelines import raylet_watch
 
 IN_FLIGHT_PER_SLOT = 3
 """What waits beyond what runs keeps workers busy, and is what an autoscaler sees."""
@@ -70,6 +71,7 @@ def start(address: str | None, workers: int | None) -> None:
                 logging_level="ERROR",
                 log_to_driver=bool(os.environ.get("CURATE_WORKER_LOGS")),
             )
+            raylet_watch.begin()
             return
         except Exception as error:  # Ray raises bare Exceptions when a busy machine is late to start it
             ray.shutdown()

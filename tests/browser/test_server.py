@@ -162,7 +162,7 @@ def test_scan_streams_into_the_page(server: Running, visit: Any) -> None:
     looked = visit(server.url)
     page = looked.page
     page.goto(server.url + "/scan")
-    page.get_by_label("Text").fill("e" if DEMO.exists() else "ture 1")
+    page.get_by_role("textbox", name="Text").fill("e" if DEMO.exists() else "ture 1")
     page.get_by_role("button", name="Scan").click()
     page.get_by_text(re.compile("all rows read|stopped at")).wait_for()
     assert page.locator("[data-found] li").count() > 3 and looked.violations() == []
