@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from curation.errors import UserError, mendable
+from curation.errors import GO_ON, UserError, mendable
 
 console = Console(stderr=True, highlight=False)
 
@@ -36,6 +36,19 @@ def handle_errors(call: Callable[[], Any]) -> Any:
     except KeyboardInterrupt:
         console.print("stopped; run the same command again to go on: finished parts are kept")
         raise typer.Exit(130) from None
+    except Exception as error:
+        if not _is_rays(error):
+            raise
+        kind = type(error).__name__
+        sentence = f"Ray's own processes have ended or cannot be reached ({kind}); {GO_ON}"
+        console.print(f"[bold red]error:[/] {sentence}", soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def _is_rays(error: Exception) -> bool:
+    """Whether Ray itself failed; what a task of ours raised is not that. By names: only pipelines import ray."""
+    kinds = {kind.__name__ for kind in type(error).__mro__ if kind.__module__.startswith("ray.")}
+    return "RayError" in kinds and "RayTaskError" not in kinds
 
 
 def _plain(text: str) -> str:

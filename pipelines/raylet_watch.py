@@ -10,12 +10,11 @@ import time
 
 import psutil
 
+from curation.errors import GO_ON
+
 POLL_S, GRACE_S = 1.0, 20.0
 """How often to look, and how long Ray has to end the driver by itself."""
-SENTENCE = (
-    b"error: Ray's own process on this machine has ended (killed, or out of memory); run the same command again: "
-    b"finished parts are kept\n"
-)
+SENTENCE = f"error: Ray's own process on this machine has ended (killed, or out of memory); {GO_ON}\n"
 
 
 def begin() -> None:
@@ -43,7 +42,7 @@ def _leave() -> None:
             child.kill()
         except psutil.NoSuchProcess:
             continue
-    os.write(2, SENTENCE)
+    os.write(2, SENTENCE.encode())
     os._exit(1)
 
 

@@ -140,6 +140,23 @@ def test_full_disk(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
     refused(curate("run", run_yaml(tmp_path, images)), "no space left on the disk", code=1)
 
 
+def test_rays_own_end_is_a_sentence_and_a_fault_of_ours_is_not_hidden(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def failing(error: Exception) -> Result:
+        def fail(*_: Any, **__: Any) -> None:
+            raise error
+
+        monkeypatch.setattr("pipelines.cluster.start", fail)
+        return curate("import", images, "--as", "pool", "--out", tmp_path / "run")
+
+    refused(failing(ray.exceptions.LocalRayletDiedError()), "Ray's own processes", "same command again", code=1)
+    ours = failing(ray.exceptions.RayTaskError("import_part", "Traceback", ValueError("a fault")))
+    assert isinstance(ours.exception, ray.exceptions.RayTaskError)
+
+
 def test_second_driver(tmp_path: Path, images: Path) -> None:
     config = run_yaml(tmp_path, images)
     code = "import sys; from pipelines import lock; lock.acquire(sys.argv[1]); print('held', flush=True); input()"
