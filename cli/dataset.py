@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
         *,
         overrides: dict[str, Any],
     ) -> None:
-        """Write RUN/report: a page with counts and pictures of every stage, which opens from disk."""
+        """Write RUN/report: pages with counts and pictures of every stage, which open from disk."""
         root = _given(run, "report")
         config = session.resolve(report_stage.ReportConfig, root, "report", overrides)
         outcome = session.carry_out(
