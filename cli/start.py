@@ -162,16 +162,16 @@ def _plan(
             stage.stage,
             f"{stage.rows_in:,}",
             f"{stage.rows_out:,}",
-            _bytes(stage.bytes_read),
-            _bytes(stage.bytes_written),
+            storage.in_units(stage.bytes_read),
+            storage.in_units(stage.bytes_written),
             f"{stage.flop:.1e}" if stage.flop else "-",
             f"{stage.cpu_seconds:,.2g}" if stage.cpu_seconds < 100 else f"{stage.cpu_seconds:.1e}",
-            _bytes(stage.memory_per_worker),
+            storage.in_units(stage.memory_per_worker),
             _hours(stage.hours),
             stage.bound,
         )
     lines = [f"plan of {config.run} on {planned.hardware.describe()}; nothing is done", _drawn(table)]
-    lines.append(f"in all: {_hours(planned.hours)} hours, {_bytes(planned.bytes_written)} written")
+    lines.append(f"in all: {_hours(planned.hours)} hours, {storage.in_units(planned.bytes_written)} written")
     lines += [f"{name}: {value:,}" for name, value in planned.nominal.items()]
     if verbose:
         lines += ["", "arithmetic:"]
@@ -222,9 +222,9 @@ def status(
                 "" if absent else f"{stage.parts:,}",
                 "" if absent else f"{stage.rows:,}",
                 f"{stage.seconds:,.1f} s" if stage.seconds else "",
-                "" if absent else _bytes(stage.bytes),
+                "" if absent else storage.in_units(stage.bytes),
             )
-        lines = [_drawn(table), f"{found.run}: {_bytes(found.bytes)}, {len(found.sources)} sources"]
+        lines = [_drawn(table), f"{found.run}: {storage.in_units(found.bytes)}, {len(found.sources)} sources"]
         if found.driver:
             lines.append(
                 f"process {found.driver['pid']} on {found.driver['host']} works on it since {found.driver['since']}"
@@ -258,7 +258,7 @@ def _verify(run: str, repair: bool, as_json: bool) -> None:
     found = checking.verify(run)
     stages = checking.repair(run, found.damaged) if repair and found.damaged else []
     lines = [f"{damage.path}: {damage.reason}" for damage in found.damaged]
-    lines.append(f"{run}: {found.files:,} files, {_bytes(found.bytes)} read, {len(found.damaged):,} damaged")
+    lines.append(f"{run}: {found.files:,} files, {storage.in_units(found.bytes)} read, {len(found.damaged):,} damaged")
     if stages:
         lines.append(f"taken out of {', '.join(stages)}: run the same `curate run` again to make them anew")
     elif found.damaged:
@@ -311,14 +311,6 @@ def _drawn(table: Table) -> str:
     with drawing.capture() as capture:
         drawing.print(table)
     return "\n".join(line.rstrip() for line in capture.get().strip("\n").split("\n"))
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 def _hours(hours: float) -> str:

@@ -182,3 +182,12 @@ def table_bytes(table: pa.Table, metadata: dict[str, str] | None = None) -> byte
         write_page_checksum=True,
     )
     return sink.getvalue()
+
+
+def in_units(count: float) -> str:
+    """Bytes for people: `1.5 GB`, in powers of 1,000."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
+            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
+        count /= 1000
+    raise AssertionError

@@ -11,6 +11,7 @@ import numpy as np
 from fastapi import Request
 from markupsafe import Markup
 
+from curation import storage
 from curation.audit import charts
 from curation.audit.words import visible
 from pipelines.description import current_generations
@@ -97,7 +98,7 @@ def overview(served: Served) -> Values:
     has_mix = any(s["chosen"] is not None for s in sources)
     facts = [
         ("Images listed", number(listed), ""),
-        ("Usable", number(sum(s["usable"] for s in sources)), _bytes(sum(s["bytes"] or 0 for s in sources))),
+        ("Usable", number(sum(s["usable"] for s in sources)), storage.in_units(sum(s["bytes"] or 0 for s in sources))),
     ]
     if "components" in index.lists:
         copies = sum(r["images"] for r in document["reasons"] if r["reason"] in ("self", "exact", "hash"))
@@ -160,14 +161,6 @@ _STEPS = {
     "kept": "deduplicated",
     "chosen": "in the dataset",
 }
-
-
-def _bytes(count: float) -> str:
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000 or unit == "TB":
-            return f"{count:,.0f} {unit}" if unit == "B" else f"{count:,.1f} {unit}"
-        count /= 1000
-    raise AssertionError
 
 
 # Images.
