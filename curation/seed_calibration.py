@@ -23,11 +23,12 @@ TUNING_SEEDS = 1024
 SAMPLE_ROWS = 65_536
 ERROR_SEEDS, ERROR_ROWS, ERROR_NEAREST = 64, 16_384, 16
 """What the error of codes is measured on: so many nearest rows of so many seeds."""
-SPENT = (2.0, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25)
+SPENT = (4.0, 2.8, 2.4, 2.0, 1.7, 1.4, 1.0, 0.7, 0.5, 0.35, 0.25)
 """Of the loss that the recall asked for allows, what each margin may lose by itself; tried from the first one on. Many
 of these neighbours are found all the same, since only the last of a seed's is as low as its cut."""
-LOSS = 0.75
-"""Of the loss allowed, what a search of the sample may have; the rest is for other seeds than these."""
+LOSS = 1.0
+"""Of the loss allowed, what a search of the sample may have. The pool's nearest lie higher than the sample's, and are
+found more often: benchmarks/retrieve.py asks for .99 and finds more than .995."""
 
 
 def calibrate(
@@ -124,7 +125,7 @@ def _upper(values: np.ndarray, share: float) -> float:
 
 def _coded(codebook: Codebook, tables: Tables, rows: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """(n,) float64 products as the scan sees them, of row i with query queries[i]."""
-    found = shuffles.pair_sums(codebook.encode(rows), tables.entries, queries)
+    found = shuffles.pair_sums(shuffles.blocked(codebook.encode(rows)), tables.entries, queries)
     return np.asarray(tables.base[queries] + tables.step[queries] * found)
 
 
@@ -140,7 +141,7 @@ def _passing(
     rows, seeds = min(len(sample), 2048), min(len(cuts), 32)
     step = max(1, len(sample) // rows)
     chosen = np.arange(0, rows * step, step)
-    codes = codebook.encode(sample[chosen])
+    codes = shuffles.blocked(codebook.encode(sample[chosen]))
     found = quantised.sums(codes, tables.entries[:seeds])[:, : len(chosen)]
     coded = tables.base[:seeds, None] + tables.step[:seeds, None] * found
     visited = open_cells[:seeds][:, labels[chosen]]

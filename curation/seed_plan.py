@@ -50,14 +50,14 @@ class SearchPlan:
         return {
             "cells": self.cells,
             "reach": self.reach,
-            "centroids": self.codebook.centroids,
+            "levels": self.codebook.levels,
             "numbers": np.array([*numbers, self.codebook.dimension]),
         }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, np.ndarray]) -> "SearchPlan":
         *numbers, dimension = (float(x) for x in arrays["numbers"])
-        return cls(arrays["cells"], arrays["reach"], Codebook(arrays["centroids"], int(dimension)), *numbers)
+        return cls(arrays["cells"], arrays["reach"], Codebook(arrays["levels"], int(dimension)), *numbers)
 
     def surely(self) -> "SearchPlan":
         """Every cell, and codes that may be off by SURE_DEVIATIONS: stands for exact search, at a third of its cost."""

@@ -20,7 +20,7 @@ from curation.neighbours import NO_ID, Neighbours
 from curation.order import generator
 from curation.quantised import Tables
 from curation.seed_plan import SearchPlan
-from curation.shuffles import masks_of, sum_of_products, trailing_zeros
+from curation.shuffles import masks_of, padded, sum_of_products, trailing_zeros
 
 CHUNK = 2048
 RESAMPLES = 1000
@@ -42,20 +42,20 @@ class Stretch:
     labels: np.ndarray
     """(n,) int64 cell of each row."""
     parts: list[tuple[int, np.ndarray, np.ndarray, np.ndarray, np.ndarray]]
-    """(cell, (k,) int64 rows of it, their codes in blocks, (k, d) int8 and (k,) float32 steps of them)."""
+    """(cell, (k,) int64 rows of it, their codes in blocks, (k, padded(d)) int8 and (k,) float32 steps of them)."""
 
     @classmethod
     def of(cls, plan: SearchPlan, ids: np.ndarray, rows: np.ndarray) -> "Stretch":
         """ids: (n,) uint64; rows: (n, d) as stored."""
-        small, steps = np.empty(rows.shape, np.int8), np.empty(len(rows), np.float32)
+        small = np.zeros((len(rows), padded(rows.shape[1])), np.int8)
+        steps = np.empty(len(rows), np.float32)
         codes = np.empty((len(rows), plan.codebook.pieces // 2), np.uint8)
         labels = np.empty(len(rows), np.int64)
         # So few at a time stay in the processor's caches from one step to the next.
         for chunk in (slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK)):
             wide = widen(rows[chunk])
-            coded = plan.codebook.encode(wide)
-            labels[chunk] = plan.assign(coded)[: len(wide)]
-            codes[chunk] = shuffles.by_row(coded)[: len(wide)]
+            codes[chunk] = plan.codebook.encode(wide)
+            labels[chunk] = plan.assign(shuffles.blocked(codes[chunk]))[: len(wide)]
             _round_rows(wide, small[chunk], steps[chunk])
         order = np.argsort(labels, kind="stable")
         starts = np.searchsorted(labels[order], np.arange(len(plan.cells) + 1))
@@ -93,7 +93,7 @@ class SeedBlock:
 
     def __post_init__(self) -> None:
         self._wide = widen(self.seeds)
-        self._fixed = np.empty(self._wide.shape, np.int16)
+        self._fixed = np.zeros((len(self._wide), padded(self._wide.shape[1])), np.int16)
         _round(self._wide, self._fixed)
         with one_thread():
             self._tables = self.plan.codebook.tables(self._wide)

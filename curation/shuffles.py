@@ -76,25 +76,19 @@ def masks_of(
 
 
 @numba.njit(cache=True, nogil=True)
-def by_row(codes: np.ndarray) -> np.ndarray:
-    """(blocks * 32, M / 2) uint8: the codes of each row together."""
-    found = np.empty((len(codes) * 32, codes.shape[1]), np.uint8)
-    for block in range(len(codes)):
-        for pair in range(codes.shape[1]):
-            for lane in range(32):
-                found[block * 32 + lane, pair] = codes[block, pair, lane]
-    return found
-
-
-@numba.njit(cache=True, nogil=True)
 def gathered(rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """Codes in blocks of the chosen rows, (n,) int64, of what `by_row` gave."""
+    """(blocks, M / 2, 32) uint8: codes of the chosen rows, (n,) int64, of (m, M / 2); lanes beyond n are zero."""
     found = np.zeros(((len(chosen) + 31) // 32, rows.shape[1], 32), np.uint8)
     for i in range(len(chosen)):
         row = rows[chosen[i]]
         for pair in range(len(row)):
             found[i // 32, pair, i % 32] = row[pair]
     return found
+
+
+def blocked(rows: np.ndarray) -> np.ndarray:
+    """`gathered` of all rows in their order."""
+    return gathered(rows, np.arange(len(rows)))  # type: ignore[no-any-return]
 
 
 @numba.njit(cache=True, nogil=True)
@@ -286,9 +280,21 @@ def trailing_zeros(typing_context, value):  # type: ignore[no-untyped-def]
     return types.int64(types.uint32), generate
 
 
+STEP = 64
+"""Rows whose products are summed come in multiples of so many dimensions: a loop without a rest is compiled in place."""
+
+
+def padded(dimension: int) -> int:
+    """The next multiple of STEP."""
+    return -(-dimension // STEP) * STEP
+
+
 @numba.njit(cache=True, nogil=True)
 def sum_of_products(shape: tuple[int, ...] | None, left: np.ndarray, i: int, right: np.ndarray, j: int) -> int:
-    """Of rows i of (m, d) int16 and j of (n, d) int8, C-contiguous; partial sums fit in 32 bits. shape: `shape_of`."""
+    """Of rows i of (m, w) int16 and j of (n, w) int8, C-contiguous; partial sums fit in 32 bits.
+
+    shape: `shape_of`. w: a multiple of STEP, see `padded`.
+    """
     return _products(shape, left, i, right, j)
 
 
@@ -309,16 +315,12 @@ def _plain_products(shape: Any, left: Any, i: Any, right: Any, j: Any) -> Any:
 
 
 def _paired_products(shape: Any, left: Any, i: Any, right: Any, j: Any) -> Any:
-    whole = left.shape[1] // 64 * 64
-    total = _product_kernel(left, i, right, j, whole)
-    for k in range(whole, left.shape[1]):
-        total = np.int32(total + np.int32(left[i, k]) * np.int32(right[j, k]))
-    return total
+    return _product_kernel(left, i, right, j)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _product_kernel(typing_context, left, i, right, j, size):  # type: ignore[no-untyped-def]
-    """Sixteen products a step, added in pairs; four sums side by side. size: a multiple of 64."""
+def _product_kernel(typing_context, left, i, right, j):  # type: ignore[no-untyped-def]
+    """Sixteen products a step, added in pairs; four sums side by side."""
     word, address = ir.IntType(32), ir.IntType(64)
     shorts, sums = ir.VectorType(ir.IntType(16), 16), ir.VectorType(word, 8)
     bytes_ = ir.VectorType(ir.IntType(8), 16)
@@ -336,12 +338,13 @@ def _product_kernel(typing_context, left, i, right, j, size):  # type: ignore[no
         def load(base: Any, offset: Any, kind: Any) -> Any:
             return builder.load(builder.inttoptr(builder.add(base, offset), kind.as_pointer()), align=1)
 
+        size = builder.extract_value(context.make_array(signature.args[0])(context, builder, arguments[0]).shape, 1)
         wide, narrow = row(0, 1, 2), row(2, 3, 1)
         slots = [cgutils.alloca_once_value(builder, none) for _ in range(4)]
         for slot in slots:
             builder.store(none, slot)
-        first, step = ir.Constant(address, 0), ir.Constant(address, 64)
-        with cgutils.for_range_slice(builder, first, arguments[4], step, intp=address) as (at, _):
+        first, step = ir.Constant(address, 0), ir.Constant(address, STEP)
+        with cgutils.for_range_slice(builder, first, size, step, intp=address) as (at, _):
             for place, slot in enumerate(slots):
                 start = builder.add(at, ir.Constant(address, 16 * place))
                 x = load(wide, builder.mul(start, ir.Constant(address, 2)), shorts)
@@ -354,4 +357,4 @@ def _product_kernel(typing_context, left, i, right, j, size):  # type: ignore[no
             lanes = [builder.add(x, y) for x, y in zip(lanes[::2], lanes[1::2], strict=True)]
         return lanes[0]
 
-    return types.int32(left, types.intp, right, types.intp, types.intp), generate
+    return types.int32(left, types.intp, right, types.intp), generate

@@ -235,4 +235,6 @@ def _pieces(part: EmbeddingPart, most: int) -> list[Piece]:
 def read_stretch(pieces: Sequence[Piece], dimension: int) -> tuple[np.ndarray, np.ndarray]:
     """(ids (n,) uint64, vectors (n, d)) of a stretch."""
     read = [piece.read(dimension) for piece in pieces]
+    if len(read) == 1:
+        return read[0]
     return np.concatenate([ids for ids, _ in read]), np.concatenate([rows for _, rows in read])

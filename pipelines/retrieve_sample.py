@@ -30,7 +30,7 @@ from pipelines.retrieve_inputs import (
 )
 from pipelines.run_directory import Generation
 
-SLAB_VALUES = 1 << 26
+SLAB_VALUES = 1 << 25
 """Numbers in the stretch of the pool that is in memory at a time."""
 TASK_ROWS = 524_288
 RANGES = 256
@@ -44,7 +44,7 @@ NEXT_BEST_DEPTHS = (8, 32, 128)
 """Policy next_best looks at so many times `neighbours` images per seed: further, when some find too few."""
 FLOOR_ROWS = 32_768
 """Rows of the sample in which every seed looks for neighbours first: what it finds there bounds what it looks for."""
-HELD_OUT_NEIGHBOURS, LEAST_HELD_OUT = 2048, 64
+HELD_OUT_NEIGHBOURS, LEAST_HELD_OUT = 1024, 64
 """What the recall is measured on: neighbours of seeds that did not calibrate, at least so many of these."""
 
 
