@@ -281,7 +281,7 @@ def trailing_zeros(typing_context, value):  # type: ignore[no-untyped-def]
 
 
 STEP = 64
-"""Rows whose products are summed come in multiples of so many dimensions: a loop without a rest is compiled in place."""
+"""Rows whose products are summed come in multiples of so many numbers: a loop without a rest is compiled in place."""
 
 
 def padded(dimension: int) -> int:

@@ -31,7 +31,7 @@ from pipelines.run_directory import Generation
 __all__ = ["NAME", "REVISION", "SAMPLE_ABOVE", "RetrieveConfig", "SeedSetConfig", "execute"]
 
 NAME = "retrieve"
-REVISION = 4
+REVISION = 5
 LIBRARIES = ("faiss-cpu", "numba", "numpy")
 PART_ROWS = 1_000_000
 
