@@ -106,7 +106,7 @@ def exact(folder: str, count: int, chosen: np.ndarray) -> tuple[Neighbours, dict
 
 def ours(folder: str, count: int, recall: float) -> tuple[Neighbours, dict[str, Any]]:
     """`curate retrieve` in this process; its search, calibration and measure of the recall included."""
-    from pipelines import cluster, embedded
+    from pipelines import cluster, embedded, retrieve_sample
     from pipelines.context import Context, Resources
     from pipelines.run_directory import RunDirectory
     from pipelines.stages import retrieve
@@ -120,6 +120,10 @@ def ours(folder: str, count: int, recall: float) -> tuple[Neighbours, dict[str, 
             yield name, result
 
     phases: dict[str, float] = {}
+    parts: dict[str, float] = {}
+    _timed(parts, "read and check vectors", retrieve_sample, "read_stretch")
+    _timed(parts, "code the rows, give them cells", seed_search.Stretch, "of")
+    _timed(parts, "scan: ", seed_search.SeedBlock, "add", lambda block, *_: f"{len(block.seeds):,} seeds")
     cluster.spread, cluster.start = in_place, lambda *_: None  # type: ignore[assignment]
     embedded.files_digest = lambda paths: "made"
     config = retrieve.RetrieveConfig(mode="sample", neighbours=count, recall=recall)  # type: ignore[call-arg]
@@ -129,7 +133,24 @@ def ours(folder: str, count: int, recall: float) -> tuple[Neighbours, dict[str, 
         begin = time.process_time()
         found = _neighbours_of(out, len(seeds_of(folder)), count)
         phases["not counted: read for the recall"] = time.process_time() - begin
-    return found, {"phases": {k: round(v, 2) for k, v in phases.items()}, "search": outcome.summary["search"]}
+    rounded = {name: {k: round(v, 2) for k, v in d.items()} for name, d in (("phases", phases), ("parts", parts))}
+    return found, {**rounded, "search": outcome.summary["search"]}
+
+
+def _timed(parts: dict[str, float], name: str, owner: Any, which: str, also: Any = lambda *_: "") -> None:
+    """Let a function add its CPU seconds to `parts`."""
+    bound = isinstance(vars(owner)[which], classmethod)
+    function = getattr(owner, which)
+
+    def timed(*arguments: Any) -> Any:
+        begin = time.process_time()
+        try:
+            return function(*arguments)
+        finally:
+            key = name + also(*arguments)
+            parts[key] = parts.get(key, 0.0) + time.process_time() - begin
+
+    setattr(owner, which, staticmethod(timed) if bound else timed)
 
 
 def _neighbours_of(out: str, seeds: int, count: int) -> Neighbours:
