@@ -13,8 +13,8 @@ import numpy as np
 from curation import quantised
 from curation.quantised import Codebook, Tables
 
-FEW_SEEDS, FEW_ROWS = 512, 65_536
-"""Below either everything is compared: codes and cells would cost more than they save."""
+FEW_SEEDS, FEW_ROWS, FEW_PAIRS = 512, 65_536, 1 << 28
+"""Below any of these everything is compared: calibrating codes and cells would cost more than they save."""
 EXACT_COST, CODE_COST, CODING_COST, CHECK_COST = 0.032, 0.014, 10.0, 0.12
 """Nanoseconds on one core of 2021: a product per dimension; a coded product per piece; coding a row, and checking one
 against a seed, per dimension. Their ratios alone matter, and only for the choice between this search and the exact."""
@@ -90,7 +90,7 @@ class SearchPlan:
 
 def is_small(seeds: int, rows: int) -> bool:
     """Whether comparing everything costs least, by arithmetic on the sizes alone."""
-    return seeds < FEW_SEEDS or rows < FEW_ROWS
+    return seeds < FEW_SEEDS or rows < FEW_ROWS or seeds * rows < FEW_PAIRS
 
 
 def exact_cost(seeds: int, dimension: int) -> float:

@@ -57,6 +57,7 @@ def searched(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small pools are searched as large ones are, in several tasks."""
     monkeypatch.setattr(seed_plan, "FEW_SEEDS", 1)
     monkeypatch.setattr(seed_plan, "FEW_ROWS", 1)
+    monkeypatch.setattr(seed_plan, "FEW_PAIRS", 1)
     monkeypatch.setattr(seed_plan, "exact_cost", lambda *_: np.inf)
     monkeypatch.setattr(retrieve_sample, "SLAB_VALUES", 1024 * DIMENSION)
     monkeypatch.setattr(retrieve_sample, "TASK_ROWS", 1024)
