@@ -125,11 +125,11 @@ def histogram(
     form: str = "{:g}",
 ) -> Markup:
     """Bars of equal width over `edges`, with a line at `threshold`. log: heights by the logarithm of the count."""
-    width, height, left, base = 520.0, 190.0, 44.0, 160.0
+    width, height, left, right, base = 520.0, 190.0, 44.0, 20.0, 160.0
     values = np.log10(counts + 1.0) if log else counts.astype(float)
     most = float(values.max()) or 1.0
-    step = (width - left - 8) / len(counts)
-    body = [Markup('<line x1="{}" x2="{}" y1="{}" y2="{}" class="axis"/>').format(left, width - 8, base, base)]
+    step = (width - left - right) / len(counts)
+    body = [Markup('<line x1="{}" x2="{}" y1="{}" y2="{}" class="axis"/>').format(left, width - right, base, base)]
     for i, value in enumerate(values):
         tall = (base - 18) * float(value) / most
         if counts[i]:
@@ -314,7 +314,7 @@ def cluster_map(marks: Sequence[Mapping[str, Any]], dots: Sequence[tuple[float, 
             side = min(width, height)
             inner += Markup(
                 '<svg x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" viewBox="{vx} {vy} {vs} {vs}">'
-                '<image href="{sheet}" width="{w}" height="{h}"/></svg>'
+                '<image href="{sheet}" width="{w}" height="{h}" preserveAspectRatio="xMidYMid slice"/></svg>'
                 '<rect x="{x:.1f}" y="{y:.1f}" width="{side:.1f}" height="{side:.1f}" rx="3" class="ring{drawn}"/>'
             ).format(
                 **frame,

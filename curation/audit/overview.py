@@ -44,15 +44,22 @@ def warnings(
     shown: Mapping[str, Section | None],
 ) -> list[Finding]:
     """What stands out, warnings first, in the order of the pages. counts: of `run_counts`, card: of the manifest."""
-    found = [
+    found = [*findings(counts, shown), *_manifest(run, card), *unlicensed(run.sources)]
+    return sorted(found, key=lambda w: w.level != "warning")
+
+
+def findings(counts: Mapping[str, Any], shown: Mapping[str, Section | None]) -> list[Finding]:
+    """What stands out in the stages before the manifest, in the order of the pages; see `warnings`.
+
+    Of counts: `fetched`, `dedup` (rows of images) and `funnel`. Of each section, the figures alone.
+    """
+    return [
         *_failures(counts, shown.get("failures")),
         *_duplicates(counts, shown.get("duplicates")),
         *_decontamination(counts, shown.get("decontamination")),
         *_clusters(shown.get("clusters")),
         *_retrieval(shown.get("retrieval")),
-        *_manifest(run, card, counts),
     ]
-    return sorted(found, key=lambda w: w.level != "warning")
 
 
 def _failures(counts: Mapping[str, Any], section: Section | None) -> list[Finding]:
@@ -154,7 +161,7 @@ def _retrieval(section: Section | None) -> list[Finding]:
     return found[:20]
 
 
-def _manifest(run: RunTables, card: Mapping[str, Any] | None, counts: Mapping[str, Any]) -> list[Finding]:
+def _manifest(run: RunTables, card: Mapping[str, Any] | None) -> list[Finding]:
     if card is None:
         return [Finding("notice", "The run has no manifest yet", "The pages show the stages that are there.", "index")]
     found = []
@@ -169,11 +176,16 @@ def _manifest(run: RunTables, card: Mapping[str, Any] | None, counts: Mapping[st
     if flagged:
         words = f"Images of the manifest with an NSFW score above {UNSAFE:g}: {flagged:,}"
         found.append(Finding("notice", words, "The filter's own threshold is on its page.", "filters"))
-    unnamed = [str(s["name"]) for s in run.sources if not s.get("licence")]
-    if unnamed:
-        names = ", ".join(unnamed[:3]) + (f" and {len(unnamed) - 3} more" if len(unnamed) > 3 else "")
-        found.append(Finding("notice", f"{len(unnamed)} sources state no licence", names, "index"))
     return found
+
+
+def unlicensed(sources: Sequence[Mapping[str, Any]]) -> list[Finding]:
+    """Sources that state no licence."""
+    unnamed = [str(s["name"]) for s in sources if not s.get("licence")]
+    if not unnamed:
+        return []
+    names = ", ".join(unnamed[:3]) + (f" and {len(unnamed) - 3} more" if len(unnamed) > 3 else "")
+    return [Finding("notice", f"{len(unnamed)} sources state no licence", names, "index")]
 
 
 def chosen(run: RunTables, count: int) -> list[int]:

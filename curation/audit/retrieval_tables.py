@@ -41,11 +41,15 @@ class Similarities:
         return float(middles[int(np.argmax(summed >= np.ceil(summed[-1] * share)))])
 
 
-def similarities(paths: Sequence[str]) -> dict[tuple[str, str], Similarities]:
-    """By (seed set, mode): the similarities of all retrievals to their seeds."""
-    found: dict[tuple[str, str], Similarities] = {}
-    columns = ["seed_set", "mode", "rank", "similarity"]
-    for table in stream(paths, columns, pc.is_valid(pc.field("similarity"))):
+@dataclass
+class Curves:
+    """Similarities of retrievals to their seeds, gathered table by table, by (seed set, mode)."""
+
+    found: dict[tuple[str, str], Similarities] = field(default_factory=dict)
+
+    def add(self, table: pa.Table) -> None:
+        """Count the rows of a piece of RETRIEVAL, those without a similarity left out."""
+        table = table.filter(pc.is_valid(table["similarity"]))
         pairs = pc.binary_join_element_wise(table["seed_set"], table["mode"], "\x00")
         encoded = pc.dictionary_encode(pairs.combine_chunks() if isinstance(pairs, pa.ChunkedArray) else pairs)
         codes = encoded.indices.to_numpy()
@@ -54,9 +58,16 @@ def similarities(paths: Sequence[str]) -> dict[tuple[str, str], Similarities]:
         for code, name in enumerate(encoded.dictionary.to_pylist()):
             mine = codes == code
             flat = np.bincount(rank[mine] * BINS + bins[mine], minlength=RANKS * BINS)
-            one = found.setdefault(tuple(name.rsplit("\x00", 1)), Similarities())
+            one = self.found.setdefault(tuple(name.rsplit("\x00", 1)), Similarities())
             one.counts += flat.reshape(RANKS, BINS)
-    return dict(sorted(found.items()))
+
+
+def similarities(paths: Sequence[str]) -> dict[tuple[str, str], Similarities]:
+    """By (seed set, mode): the similarities of all retrievals to their seeds."""
+    curves = Curves()
+    for table in stream(paths, ["seed_set", "mode", "rank", "similarity"]):
+        curves.add(table)
+    return dict(sorted(curves.found.items()))
 
 
 def taken_by_cluster(paths: Sequence[str]) -> dict[str, dict[int, int]]:

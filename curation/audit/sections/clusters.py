@@ -72,7 +72,7 @@ def section(run: RunTables) -> Section | None:
     found = _page(run, tree, leaves, top + 1, None)
     return {
         **found,
-        "levels": _levels(tree),
+        "levels": level_figures(tree),
         "clusters": len(tree.paths),
         "median": float(np.median(tree.images)) if len(tree.images) else 0.0,
         "largest": int(tree.images.max()) if len(tree.images) else 0,
@@ -142,7 +142,8 @@ def _tree(run: RunTables) -> tuple[Tree, float]:
     return Tree(paths, rows["images"].to_numpy(), drawn, labels), share
 
 
-def _levels(tree: Tree) -> list[dict[str, Any]]:
+def level_figures(tree: Tree) -> list[dict[str, Any]]:
+    """Per level, leaf first: how many clusters, how large, how even, how pure."""
     found = []
     largest_leaf = int(tree.paths[:, 0].max()) + 1 if len(tree.paths) else 0
     for level in range(1, tree.levels + 1):
@@ -284,14 +285,26 @@ def _map(
     table = centroids(run.centroids[level - 1], None if parent is None else [parent], SAMPLING.map_dots)
     if table.num_rows < 3:
         return None
-    width, height = charts.MAP_SIZE
     sizes = table["size"].to_numpy().astype(np.float64)
     points = measures.plane(centroid_vectors(table), sizes)
+    marked = [{**child, "image": child["pictures"][0] if child["pictures"] else None} for child in children]
+    return arranged(table["cluster"].to_pylist(), points, sizes, marked)
+
+
+def arranged(
+    ids: Sequence[int], points: np.ndarray, sizes: np.ndarray, children: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Marks and dots of `charts.cluster_map`, moved apart where they overlap.
+
+    ids, points (n, 2), sizes (n,): all clusters. children: those that are marked, {cluster, images, drawn: [(seed set,
+    images)], href, image}; `image` becomes the mark's, whose `picture` is left to the page.
+    """
+    width, height = charts.MAP_SIZE
     low, high = np.quantile(points, 0.01, axis=0), np.quantile(points, 0.99, axis=0)
     scaled = np.clip((points - low) / np.maximum(high - low, 1e-12), 0, 1)
     places = 46 + scaled * (np.array([width, height]) - (92, 104))
     places[:, 1] = height - places[:, 1]
-    at = {int(c): i for i, c in enumerate(table["cluster"].to_pylist())}
+    at = {int(c): i for i, c in enumerate(ids)}
     marked = [child for child in children if child["cluster"] in at][: SAMPLING.map_marks]
     rows = np.array([at[child["cluster"]] for child in marked], np.int64)
     share = np.array([child["images"] for child in marked], float)
@@ -308,14 +321,14 @@ def _map(
             "words": f"cluster {child['cluster']}: {child['images']:,} images"
             + (f", {sum(n for _, n in child['drawn']):,} drawn by seed sets" if child["drawn"] else ""),
             "drawn": bool(child["drawn"]),
-            "image": child["pictures"][0] if child["pictures"] else None,
+            "image": child["image"],
         }
         for child, (x, y), radius in zip(marked, moved, radii, strict=True)
     ]
     shown = {child["cluster"] for child in marked}
     dots = [
         (float(x), float(y), float(2 + 8 * np.sqrt(size / sizes.max())))
-        for c, (x, y), size in zip(table["cluster"].to_pylist(), places, sizes, strict=True)
+        for c, (x, y), size in zip(ids, places, sizes, strict=True)
         if c not in shown
     ]
-    return {"marks": marks, "dots": dots, "clusters": table.num_rows}
+    return {"marks": marks, "dots": dots, "clusters": len(ids)}

@@ -61,10 +61,14 @@ def section(run: RunTables) -> Section | None:
 
 def similarity_counts(run: RunTables) -> tuple[np.ndarray, np.ndarray]:
     """Images by the cosine to their nearest one: (n,) int64 counts and (n + 1,) edges, from the lowest stored up."""
-    lowest = [t for n in ("threshold", "against_threshold", "store_threshold") if (t := run.option("dedup", n))]
-    low = int(np.floor(50 * min([*lowest, 0.6])))
-    edges = np.arange(low, 51) / 50
+    edges = similarity_edges(run)
     return histogram(run.duplicates, pc.field("similarity"), edges), edges
+
+
+def similarity_edges(run: RunTables) -> np.ndarray:
+    """(n + 1,) from the lowest cosine that is stored up."""
+    lowest = [t for n in ("threshold", "against_threshold", "store_threshold") if (t := run.option("dedup", n))]
+    return np.arange(int(np.floor(50 * min([*lowest, 0.6]))), 51) / 50
 
 
 def recall(document: Any) -> dict[str, Any] | None:
@@ -96,11 +100,11 @@ def _components(run: RunTables) -> tuple[list[dict[str, Any]], list[tuple[int, i
     by_group: dict[int, list[dict[str, Any]]] = {}
     for row in first.to_pylist():
         by_group.setdefault(row["group"], []).append(row)
-    described = {int(c["component_id"]): c for c in _described(run.file("dedup", "components"))}
+    known = {int(c["component_id"]): c for c in described(run.file("dedup", "components"))}
     shown = []
     for row in chosen.to_pylist():
         counted = kept.get(row["group"], {"kept_sum": 0, "count_all": 0})
-        said = described.get(row["group"], {})
+        said = known.get(row["group"], {})
         shown.append(
             {
                 **row,
@@ -111,13 +115,13 @@ def _components(run: RunTables) -> tuple[list[dict[str, Any]], list[tuple[int, i
                 "least": said.get("least_similarity"),
                 "least_pair": said.get("least_similar"),
                 "far": said.get("not_above_threshold_to_representative"),
-                "chain": _chain(said),
+                "chain": chain_of(said),
             }
         )
     return shown, [(row["images"], row["components"]) for row in sizes.to_pylist()]
 
 
-def _described(document: Any) -> list[dict[str, Any]]:
+def described(document: Any) -> list[dict[str, Any]]:
     """What the stage says of its largest components (`components.json`: a list, or one under some key)."""
     for found in list(document.values()) if isinstance(document, dict) else [document]:
         if isinstance(found, list) and found and all(isinstance(c, dict) and "component_id" in c for c in found):
@@ -125,9 +129,9 @@ def _described(document: Any) -> list[dict[str, Any]]:
     return []
 
 
-def _chain(described: Mapping[str, Any]) -> dict[str, Any] | None:
+def chain_of(said: Mapping[str, Any]) -> dict[str, Any] | None:
     """The chain of a component, its middle left out where it is long; None for what is no chain."""
-    links = list(described.get("chain") or [])
+    links = list(said.get("chain") or [])
     if len(links) < 3:
         return None
     half = SAMPLING.chain // 2

@@ -72,15 +72,15 @@ def _page(
         "seed_set": name,
         "row": row,
         "median": middles[0] if len(middles) == 1 else None,
-        "charts": [chart for mode, one in mine.items() for chart in _charts(name, mode, one)],
+        "charts": [chart for mode, one in mine.items() for chart in figures(name, mode, one)],
         "seeds": list(seeds.items()),
-        "rule": _rule(run, name),
-        "chosen": _chosen(run, name, taken, leaf_pages),
+        "rule": rule(run, name),
+        "chosen": chosen(run, name, taken, leaf_pages),
         "images": images,
     }
 
 
-def _charts(name: str, mode: str, found: Similarities) -> list[dict[str, Any]]:
+def figures(name: str, mode: str, found: Similarities) -> list[dict[str, Any]]:
     """The curve by rank of sample mode (in cluster mode the rank is no order of similarity), and the histogram."""
     charted = []
     if mode == "sample":
@@ -101,7 +101,7 @@ def _charts(name: str, mode: str, found: Similarities) -> list[dict[str, Any]]:
     return charted
 
 
-def _rule(run: RunTables, name: str) -> dict[str, Any]:
+def rule(run: RunTables, name: str) -> dict[str, Any]:
     """What the configuration asked for this set: mode, neighbours, per_cluster, min_seeds, cap; and what came of it."""
     options = run.options.get("retrieve", {})
     own = (options.get("seed_sets") or {}).get(name) or {}
@@ -115,9 +115,7 @@ def _rule(run: RunTables, name: str) -> dict[str, Any]:
     return {**asked, **{k: said.get(k) for k in ("seeds", "seeds_in_clusters", "before_cap", "clusters")}}
 
 
-def _chosen(
-    run: RunTables, name: str, taken: Mapping[int, int], leaf_pages: Mapping[int, str]
-) -> dict[str, Any] | None:
+def chosen(run: RunTables, name: str, taken: Mapping[int, int], leaf_pages: Mapping[int, str]) -> dict[str, Any] | None:
     """Clusters of cluster mode, those with most seeds first: seeds, images inside, images taken, where to look."""
     said = (run.file("retrieve", "seed_sets") or {}).get(name) or {}
     listed = [c for c in said.get("chosen") or [] if isinstance(c, dict) and "cluster" in c]
