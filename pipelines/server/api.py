@@ -6,123 +6,37 @@ from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
 
 import anyio.to_thread
-import numpy as np
 from fastapi import APIRouter, File, HTTPException, Path, Query, Request, Response, UploadFile
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
 
 from pipelines import decisions
-from pipelines.decisions import AUTHOR_CHARACTERS, NOTE_CHARACTERS, TARGET_CHARACTERS, Decision
+from pipelines.decisions import Decision
 from pipelines.server import scans
-from pipelines.server.opened import Opened, Page
+from pipelines.server.alike import similar_to, space_of
+from pipelines.server.asked import (
+    FAR,
+    SIMILAR_MOST,
+    After,
+    Asked,
+    Decided,
+    Entries,
+    Id,
+    Images,
+    Level,
+    Limit,
+    Start,
+    Text,
+    entries_of,
+    filters_of,
+    images_of,
+    index_of,
+    one_of,
+    picture,
+    served_of,
+)
 from pipelines.server.pictures import LARGEST, Unavailable
 from pipelines.server.served import Served
 from pipelines.server.shown import plain
-
-ID_MAX = (1 << 64) - 1
-FAR = (1 << 53) - 1
-PAGE_MOST = 200
-SIMILAR_MOST = 100
-Id = Annotated[int, Path(ge=0, le=ID_MAX)]
-Start = Annotated[int, Query(ge=0, le=FAR, description="position of the first entry")]
-After = Annotated[int | None, Query(ge=0, le=ID_MAX, description="`after` of the page before")]
-Limit = Annotated[int, Query(ge=1, le=PAGE_MOST, description="entries on the page")]
-Text = Annotated[str | None, Query(max_length=2000)]
-Level = Annotated[int, Path(ge=1, le=20)]
-
-
-class Images(BaseModel):
-    """A page of images. after: the cursor of the next page, null at the end."""
-
-    images: list[dict[str, Any]]
-    after: int | None = None
-    total: int | None = Field(None, description="how many there are, hidden ones included; null where not counted")
-    looked: int = Field(0, description="rows that this page looked at")
-
-
-class Entries(BaseModel):
-    """A page of a list. next: `start` of the next page, null at the end."""
-
-    entries: list[dict[str, Any]]
-    total: int
-    next: int | None = None
-
-
-class Asked(BaseModel, extra="forbid"):
-    """A decision to be made."""
-
-    action: Literal["drop", "keep", "note"]
-    scope: Literal["image", "component", "cluster", "host"]
-    target: str = Field(max_length=TARGET_CHARACTERS, description="image id, component id, LEVEL:CLUSTER or host")
-    author: str = Field("", max_length=AUTHOR_CHARACTERS)
-    note: str = Field("", max_length=NOTE_CHARACTERS)
-
-
-class Decided(BaseModel):
-    """What was stored: the batch's file, how many images it covers, how many the run hides now."""
-
-    batch: str
-    images: int
-    hidden: int
-
-
-def served_of(request: Request) -> Served:
-    """The run of this server, looked at again if it is time."""
-    served: Served = request.app.state.served
-    served.refresh()
-    return served
-
-
-def index_of(request: Request) -> Opened:
-    """The index. Raises UserError while there is none."""
-    return served_of(request).index
-
-
-def images_of(page: Page) -> Images:
-    return Images(images=[plain(row) for row in page.images], after=page.after, total=page.total, looked=page.looked)
-
-
-def entries_of(index: Opened, name: str, start: int, limit: int) -> Entries:
-    """A page of one of the index's lists."""
-    total = len(index.lists[name]) if name in index.lists else 0
-    rows = [plain(row) for row in index.rows(name, start, limit)]
-    return Entries(entries=rows, total=total, next=start + limit if start + limit < total else None)
-
-
-def one_of(index: Opened, image_id: int) -> dict[str, Any]:
-    """The row of an image. Raises HTTPException: 410 for one that is hidden, 404 for none."""
-    row = index.image(image_id)
-    if row is None:
-        gone = index.is_dropped(image_id)
-        raise HTTPException(410 if gone else 404, "hidden by a decision, or forgotten" if gone else "no such image")
-    return row
-
-
-def filters_of(index: Opened, request: Request) -> dict[str, Any]:
-    """The filters in the query. Raises HTTPException 422 for one that cannot be."""
-    found: dict[str, Any] = {}
-    for name in ("url", "host", "source", "status", "error", "label", "outcome", "brought", "reference", "words"):
-        value = request.query_params.get(name)
-        if value:
-            found[name] = value[:2000].lower() if name == "host" else value[:2000]
-    for name, limit in (("component", ID_MAX), ("chain", ID_MAX)):
-        value = request.query_params.get(name)
-        if value:
-            found[name] = _integer(name, value, limit)
-    cluster = request.query_params.get("cluster")
-    if cluster:
-        level, _, number = cluster.partition(":")
-        if not number:
-            raise HTTPException(422, "cluster: give LEVEL:CLUSTER")
-        found[f"cluster_{_integer('cluster', level, 20)}"] = _integer("cluster", number, (1 << 31) - 1)
-    return found
-
-
-def _integer(name: str, value: str, most: int) -> int:
-    if not value.isascii() or not value.isdecimal() or len(value) > 20 or int(value) > most:
-        raise HTTPException(422, f"{name}: not a number from 0 to {most}")
-    return int(value)
-
 
 router = APIRouter(prefix="/api", tags=["api"])
 
@@ -134,6 +48,15 @@ def run(request: Request) -> dict[str, Any]:
     index = served.opened
     document = {} if index is None else {k: v for k, v in index.document.items() if k not in ("bytes", "stages")}
     return {"run": served.run.root.rsplit("/", 1)[-1], "state": served.state, "hidden": len(served.hidden), **document}
+
+
+@router.get("/card")
+def card(request: Request) -> dict[str, Any]:
+    """The data card of the manifest."""
+    found = served_of(request).card
+    if found is None:
+        raise HTTPException(404, "the run has no manifest")
+    return found
 
 
 @router.get("/images")
@@ -194,17 +117,6 @@ def thumbnail(request: Request, image_id: Id) -> Response:
         raise HTTPException(404, str(error)) from error
 
 
-def picture(data: bytes, kind: str) -> Response:
-    """Bytes that a browser may draw and nothing else."""
-    policy = "sandbox; default-src 'none'; style-src 'unsafe-inline'"
-    headers = {
-        "content-security-policy": policy,
-        "content-disposition": "inline; filename=image",
-        "cache-control": "private, max-age=3600",
-    }
-    return Response(data, media_type=kind, headers=headers)
-
-
 @router.get("/images/{image_id}/retrieved")
 def retrieved(request: Request, image_id: Id, start: Start = 0, limit: Limit = 48) -> Entries:
     """Which seeds drew an image."""
@@ -241,44 +153,6 @@ def similar_to_upload(
     return similar_to(served.index, name, count, vector=vector)
 
 
-def space_of(index: Opened, name: str | None) -> str:
-    """The space asked for, or the first. Raises HTTPException 404."""
-    if not index.spaces or (name and name not in index.spaces):
-        raise HTTPException(404, f"spaces: {', '.join(index.spaces) or 'the run has no embeddings'}")
-    return name or next((n for n in index.spaces if n != "copies"), "copies")
-
-
-def similar_to(
-    index: Opened, space: str | None, count: int, *, image_id: int | None = None, vector: Any = None
-) -> dict[str, Any]:
-    """{images with `similarity_to_query`, space, recall, cells, probes}. One of image_id and vector is given."""
-    name = space_of(index, space)
-    held = index.spaces[name]
-    if image_id is not None:
-        row = int(index.rows_of_one(image_id))
-        vector = held.vector(row) if row >= 0 else None
-        if vector is None:
-            raise HTTPException(404, f"the image has no vector in {name}")
-    elif len(vector) != held.dimension:
-        raise HTTPException(422, f"a vector of {len(vector)} dimensions, {held.dimension} expected")
-    rows, cosines = held.search(vector, count + 1 + min(len(index.hidden), 100), rotated=image_id is not None)
-    by_row = dict(zip(rows.tolist(), cosines.tolist(), strict=True))
-    found = []
-    for row in index.shown(rows.astype("int64")).tolist():
-        entry = index.table.take(np.array([row]))[0]
-        if int(entry["image_id"]) != image_id:
-            found.append(entry | {"similarity_to_query": round(min(1.0, by_row[row]), 4)})
-    document = held.document
-    return {
-        "images": [plain(entry) for entry in found[:count]],
-        "space": name,
-        "recall": document["recall"],
-        "recall_of_nearest": 10,
-        "cells_read": document["probes"],
-        "cells": document["cells"],
-    }
-
-
 @router.get("/components")
 def components(request: Request, start: Start = 0, limit: Limit = 48) -> Entries:
     """Components of near copies, the largest first."""
@@ -295,6 +169,15 @@ def chains(request: Request, start: Start = 0, limit: Limit = 48) -> Entries:
 def clusters(request: Request, level: Level, start: Start = 0, limit: Limit = 48) -> Entries:
     """Clusters of a level, the largest first."""
     return entries_of(index_of(request), f"clusters_{level}", start, limit)
+
+
+@router.get("/clusters/{level}/{cluster}")
+def cluster(request: Request, level: Level, cluster: Annotated[int, Path(ge=0, le=(1 << 31) - 1)]) -> dict[str, Any]:
+    """One cluster: its size, labels, what brought its images, its place on the map."""
+    found = index_of(request).cluster(level, cluster)
+    if found is None:
+        raise HTTPException(404, "no such cluster")
+    return plain(found)
 
 
 @router.get("/hosts")
@@ -320,6 +203,27 @@ def seed(request: Request, image_id: Id, start: Start = 0, limit: Limit = 48) ->
     """What a seed drew, by rank."""
     rows, total = index_of(request).retrieved("seed", image_id, start, limit)
     return Entries(entries=rows, total=total, next=start + limit if start + limit < total else None)
+
+
+@router.get("/seed-sets")
+def seed_sets(request: Request, start: Start = 0, limit: Limit = 48) -> Entries:
+    """What each seed set brought: planned, nominal, unique, colliding, shared; null for what is not known."""
+    rows = served_of(request).seed_sets()
+    following = start + limit if start + limit < len(rows) else None
+    return Entries(entries=rows[start : start + limit], total=len(rows), next=following)
+
+
+@router.get("/seed-sets/{name}")
+def seed_set(request: Request, name: Annotated[str, Path(max_length=400)]) -> dict[str, Any]:
+    """How similar what a seed set drew is to its seeds: by mode, quantiles 0.1, 0.5 and 0.9 by rank."""
+    curves = {}
+    for mode, one in index_of(request).curves(name).items():
+        ranks, quantiles = one.curve()
+        low, median, high = quantiles.T.tolist()
+        curves[mode] = {"rank": ranks.tolist(), "low": low, "median": median, "high": high}
+    if not curves:
+        raise HTTPException(404, "no such seed set")
+    return {"seed_set": name, "curves": curves}
 
 
 @router.get("/references/{name}")

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from curation.audit.words import visible
 from curation.errors import UserError
 from pipelines.run_directory import RunDirectory
-from pipelines.server import api, desk, pages
+from pipelines.server import api, desk, pages, stage_pages
 from pipelines.server.guard import Guard
 from pipelines.server.metrics import Metrics
 from pipelines.server.served import Served, Settings
@@ -34,6 +34,7 @@ def application(run: str, settings: Settings | None = None) -> Any:
     app.state.metrics = Metrics()
     app.include_router(api.router)
     app.include_router(pages.router)
+    app.include_router(stage_pages.router)
     app.include_router(desk.router)
     app.add_exception_handler(HTTPException, _refused)
     app.add_exception_handler(RequestValidationError, _invalid)

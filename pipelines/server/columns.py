@@ -78,6 +78,13 @@ class Sorted(Column):
         return found
 
 
+def stored_from(values: np.ndarray, more: bool = False) -> np.ndarray:
+    """The smallest float32 that is at least each value (n,) float64, or more than it: 0.9 as float32 is below 0.9."""
+    near = values.astype(np.float32)
+    below = near <= values if more else near < values
+    return np.where(below, np.nextafter(near, np.float32(np.inf)), near)
+
+
 class Groups:
     """Rows by key: `keys` sorted, each once; the rows of key i are rows[starts[i] : starts[i + 1]]."""
 

@@ -8,8 +8,8 @@ from starlette.exceptions import HTTPException
 
 from pipelines import decisions
 from pipelines.decisions import Decision
-from pipelines.server import api, listings, rendering
-from pipelines.server.api import ID_MAX, Id, Start, Text, served_of
+from pipelines.server import alike, api, asked, listings, rendering
+from pipelines.server.asked import ID_MAX, Id, Start, Text, served_of
 from pipelines.server.guard import COOKIE
 from pipelines.server.opened import Opened
 from pipelines.server.pages import PAGE, onward, page
@@ -21,14 +21,14 @@ router = APIRouter(include_in_schema=False, default_response_class=HTMLResponse)
 
 @router.get("/like")
 def like(request: Request, id: Text = None, space: Text = None) -> HTMLResponse:
-    index = api.index_of(request)
+    index = asked.index_of(request)
     if not id:
         return _like(request, index, space)
     if not id.isascii() or not id.isdecimal() or len(id) > 20 or int(id) > ID_MAX:
         return _like(request, index, space, problem="An image id is a number.", status=422)
     try:
-        row = api.one_of(index, int(id))
-        found = api.similar_to(index, space, PAGE, image_id=int(id))
+        row = asked.one_of(index, int(id))
+        found = alike.similar_to(index, space, PAGE, image_id=int(id))
     except HTTPException as error:
         return _like(request, index, space, problem=str(error.detail), status=error.status_code)
     return _like(request, index, space, found=found, query=row)
@@ -38,7 +38,7 @@ def like(request: Request, id: Text = None, space: Text = None) -> HTMLResponse:
 def like_upload(
     request: Request, file: Annotated[UploadFile, File()], space: Annotated[str | None, Form(max_length=200)] = None
 ) -> HTMLResponse:
-    index = api.index_of(request)
+    index = asked.index_of(request)
     try:
         found = api.similar_to_upload(request, file, space, PAGE)
     except HTTPException as error:
@@ -71,7 +71,7 @@ def _like(
         "More like this",
         status,
         spaces=list(index.spaces),
-        space=(found or {}).get("space") or space or (api.space_of(index, None) if index.spaces else ""),
+        space=(found or {}).get("space") or space or (alike.space_of(index, None) if index.spaces else ""),
         found=rows,
         query=query,
         asked=query["image_id"] if query else "",
@@ -89,7 +89,9 @@ def scan(request: Request) -> HTMLResponse:
 def decided(request: Request, start: Start = 0) -> HTMLResponse:
     served = served_of(request)
     rows, total = decisions.listed(served.run.root, start, PAGE)
-    return page(request, "table.html.j2", "Decisions", **listings.decided(served, rows, total, start, onward, request))
+    return page(
+        request, "subject.html.j2", "Decisions", **listings.decided(served, rows, total, start, onward, request)
+    )
 
 
 @router.post("/decide")
@@ -111,7 +113,7 @@ def decide(
 
 @router.get("/compare")
 def compare(request: Request) -> HTMLResponse:
-    return page(request, "table.html.j2", "Two runs compared", **listings.compared(served_of(request)))
+    return page(request, "subject.html.j2", "Two runs compared", **listings.compared(served_of(request)))
 
 
 @router.get("/compare/{side}")
@@ -142,14 +144,14 @@ def left_thumbnail(request: Request, image_id: Id) -> Response:
     if row is None:
         raise HTTPException(404, "not among what left")
     try:
-        return api.picture(served.pictures.small(row, served.compared().other.root), "image/webp")
+        return asked.picture(served.pictures.small(row, served.compared().other.root), "image/webp")
     except Unavailable as error:
         raise HTTPException(404, str(error)) from error
 
 
 @router.get("/api")
 def described(request: Request) -> HTMLResponse:
-    return page(request, "table.html.j2", "The API", **listings.described(request.app.openapi()))
+    return page(request, "subject.html.j2", "The API", **listings.described(request.app.openapi()))
 
 
 @router.get("/login")

@@ -12,9 +12,11 @@ from typing import Any
 
 import numpy as np
 
+from curation.audit.retrieval_tables import Similarities
 from curation.hidden import is_hidden
-from pipelines.server.building import DONE, TOKENS, WORD
-from pipelines.server.columns import Column, Groups, Rows, Sorted
+from pipelines.server.building import DONE
+from pipelines.server.collecting import TOKENS, WORD
+from pipelines.server.columns import Column, Groups, Rows, Sorted, stored_from
 from pipelines.server.vectors import Space
 
 CHUNK = 1 << 16
@@ -24,7 +26,7 @@ MOST_WORDS = 12
 TILE = frozenset(
     (
         *("image_id", "source", "status", "error", "shard", "offset", "length", "nsfw", "label", "caption"),
-        *("kept", "reason", "weight", "similarity", "distance", "references"),
+        *("kept", "reason", "weight", "similarity", "distance", "references", "nearest_id"),
         *(f"cluster_{level}" for level in range(1, 21)),
     )
 )
@@ -71,6 +73,7 @@ class Opened:
         self.levels = sum(name.startswith("cluster_") for name in self.groups)
         self.hidden = np.empty(0, np.uint64)
         self._hidden_rows = np.empty(0, np.uint32)
+        self.shown_since = 0
         self._lock = threading.Lock()
         self._db: Any = None
         self.hash_of = lru_cache(4096)(self._hash)
@@ -87,6 +90,7 @@ class Opened:
         """Show these images no longer. hidden: sorted uint64 ids."""
         rows = self.rows_of(hidden)
         self.hidden, self._hidden_rows = hidden, np.sort(rows[rows >= 0]).astype(np.uint32)
+        self.shown_since += 1
 
     def rows_of(self, ids: np.ndarray) -> np.ndarray:
         """(n,) int64 row of each id, -1 for ids that are not there."""
@@ -245,17 +249,10 @@ class Opened:
         cursor = (low if low > 0 else None) if backwards else (high if high < len(values) else None)
         return Page(images, cursor, len(values))
 
-    def histogram(self, name: str, bins: int = 40) -> tuple[np.ndarray, np.ndarray] | None:
-        """(counts, edges) of a score; what lies beyond the 99.9th percentile is counted in the last bin."""
+    def histogram(self, name: str, edges: np.ndarray) -> np.ndarray:
+        """Images by a score, (bins,) int64 over ascending `edges`; what lies outside counts in the first or last."""
         values, _ = self.orders[name]
-        if not len(values):
-            return None
-        low, high = float(values.read(0, 1)[0]), float(values.read(len(values) * 999 // 1000, len(values))[0])
-        if name in ("nsfw", "similarity"):
-            low, high = min(low, 0.0), 1.0
-        edges = np.linspace(low, high if high > low else low + 1, bins + 1)
-        cuts = [0, *(values.search(edge) for edge in edges[1:-1]), len(values)]
-        return np.diff(cuts), edges
+        return np.diff([0, *(values.search(edge) for edge in stored_from(edges[1:-1])), len(values)])
 
     # Keys.
 
@@ -311,6 +308,41 @@ class Opened:
         held = self.lists[name]
         return held.take(np.arange(min(max(start, 0), len(held)), min(max(start, 0) + limit, len(held))))
 
+    def named(self, name: str, column: str, value: str) -> tuple[int, int]:
+        """[start, stop) of the rows of a list that is sorted by a column of texts."""
+        held = self.lists.get(name)
+        return (_first(held, column, value, False), _first(held, column, value, True)) if held else (0, 0)
+
+    def cluster(self, level: int, cluster: int) -> dict[str, Any] | None:
+        """The row of a cluster in the list of its level."""
+        kind = f"listed_{level}"
+        start, stop = self.groups[kind].find(cluster) if kind in self.groups else (0, 0)
+        if stop == start:
+            return None
+        return self.lists[f"clusters_{level}"].take(self.groups[kind].rows.read(start, stop))[0]
+
+    def inside(self, level: int, cluster: int, start: int, limit: int) -> tuple[list[dict[str, Any]], int]:
+        """(rows of the clusters one level below inside a cluster, the largest first, how many there are)."""
+        kind = f"below_{level}"
+        low, high = self.groups[kind].find(cluster) if kind in self.groups else (0, 0)
+        if low + start >= high:
+            return [], high - low
+        rows = self.groups[kind].rows.read(low + start, min(high, low + start + limit))
+        return self.lists[f"clusters_{level - 1}"].take(rows), high - low
+
+    def shares(self, level: int) -> dict[str, np.ndarray]:
+        """By what is counted (the pool, the dataset, ...), the images of each cluster of a level that holds any."""
+        names = self.document.get("evenness", {}).get(str(level), {})
+        return {name: np.fromfile(os.path.join(self.folder, "shares", str(level), name)) for name in names}
+
+    def curves(self, seed_set: str) -> dict[str, Similarities]:
+        """By mode, the similarities of what a seed set drew."""
+        keys = [(place, mode) for place, (name, mode) in enumerate(self.document.get("curves", [])) if name == seed_set]
+        if not keys:
+            return {}
+        with np.load(os.path.join(self.folder, "curves.npz"), allow_pickle=False) as held:
+            return {mode: Similarities(held[f"arr_{place}"]) for place, mode in keys}
+
     def retrieved(self, kind: str, key: int, start: int, limit: int) -> tuple[list[dict[str, Any]], int]:
         """Rows of RETRIEVAL by `seed` or `retrieved` (an id), hidden images left out, and how many there are."""
         if kind not in self.groups:
@@ -330,6 +362,16 @@ class Opened:
         for values, rows in self.orders.values():
             values.close()
             rows.close()
+
+
+def _first(held: Rows, column: str, value: str, after: bool) -> int:
+    """The first row whose text is `value` or later; after: later than it."""
+    low, high, wanted = 0, len(held), value.encode("utf-8", "replace")
+    while low < high:
+        middle = (low + high) // 2
+        name = held.take(np.array([middle]))[0][column].encode()
+        low, high = (middle + 1, high) if name < wanted or (after and name == wanted) else (low, middle)
+    return low
 
 
 def _at_least(column: Column, start: int, stop: int, value: int) -> int:

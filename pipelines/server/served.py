@@ -1,5 +1,6 @@
 """What a server holds of its run: the index that fits it, what is hidden, its progress, and who may do what next."""
 
+import json
 import os
 import threading
 import time
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from curation import hidden, storage
+from curation.audit.run_tables import RunTables, open_run
 from curation.errors import UserError
 from pipelines import decisions, lock
 from pipelines.decisions import Decision
@@ -60,6 +62,7 @@ class Served:
         self._looked = 0.0
         self._seen: Any = None
         self._seen_hidden: Any = None
+        self._said: tuple[RunTables, dict[str, Any] | None] | None = None
         self.refresh(now=True)
 
     # What the run is now.
@@ -72,7 +75,7 @@ class Served:
             self._looked = time.monotonic()
             seen = self._signature()
             if seen != self._seen or (self.opened is None and self._builder is None):
-                self._seen = seen
+                self._seen, self._said = seen, None
                 self._open()
             listed = [
                 tuple(storage.list_files(self.run.path(name), ".parquet"))
@@ -155,6 +158,38 @@ class Served:
         if self.opened is None:
             raise UserError(self.state or "no index yet", exit_code=1)
         return self.opened
+
+    # What the stages say of themselves.
+
+    @property
+    def stages(self) -> RunTables:
+        """Options and summaries of the stages, as the report reads them."""
+        return self._read()[0]
+
+    @property
+    def card(self) -> dict[str, Any] | None:
+        """The data card, None without a manifest."""
+        return self._read()[1]
+
+    def _read(self) -> tuple[RunTables, dict[str, Any] | None]:
+        with self._lock:
+            if self._said is None:
+                stages = open_run(self.run.root)
+                card = json.loads(storage.read_bytes(stages.card)) if stages.card else None
+                self._said = stages, card
+            return self._said
+
+    def seed_sets(self) -> list[dict[str, Any]]:
+        """What each seed set brought: of the manifest by the data card, else of the retrieval.
+
+        Rows: `seed_set`, `planned`, `nominal`, `unique`, `colliding`, `shared`; None for what is not known.
+        """
+        names = ("planned", "nominal", "unique", "colliding", "shared")
+        rows = (self.card or {}).get("seed_sets")
+        if rows is None:
+            said = self.stages.file("retrieve", "seed_sets") or {}
+            rows = [{"seed_set": name, **figures} for name, figures in sorted(said.items())]
+        return [{"seed_set": str(r["seed_set"]), **{n: r.get(n) for n in names}} for r in rows]
 
     # Decisions.
 

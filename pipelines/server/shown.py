@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlencode
 
+from curation.audit.overview import UNSAFE
+from curation.audit.site import DROPPED
 from curation.audit.words import visible
 
-REASONS = {"self": "near copy", "reference": "evaluation match", "exact": "exact copy", "hash": "hash copy"}
-"""Reasons of DUPLICATES in the words of the pages."""
+__all__ = ["UNSAFE", "duration", "name_of", "plain", "query", "state_of"]
+
 HASHES = ("sha256", "stored_sha256", "pixel_sha256")
-UNSAFE = 0.5
-"""NSFW score above which a thumbnail is veiled until asked for."""
 
 
 def plain(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -31,6 +32,11 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and value - value != 0 else value
 
 
+def query(**values: str) -> str:
+    """The query of an address."""
+    return urlencode(values)
+
+
 def name_of(row: Mapping[str, Any]) -> str:
     """What an image is called: its source and its number there."""
     source = str(row.get("source") or "").split(":", 1)[-1]
@@ -44,7 +50,7 @@ def state_of(row: Mapping[str, Any]) -> tuple[str, str]:
     if row.get("weight") is not None:
         return "chosen", "in the dataset"
     if row.get("kept") is False:
-        return "dropped", REASONS.get(str(row.get("reason")), visible(row.get("reason"), 40))
+        return "dropped", DROPPED.get(str(row.get("reason")), visible(row.get("reason"), 40))
     return "kept", "kept in the pool" if row.get("kept") else "usable"
 
 

@@ -31,7 +31,7 @@ def small(folder: Path, **options: Any) -> Path:
     """A synthetic run with a manifest, centroids and a report; returns its folder."""
     made = build(folder, **options)
     set_thresholds(made)
-    _centroids(made.run)
+    with_centroids(made.run)
     manifest.execute(Here(run=made.run), manifest.ManifestConfig())
     report.execute(Here(run=made.run), report.ReportConfig())
     return folder
@@ -47,7 +47,7 @@ def demo(folder: Path) -> Path:
     return folder
 
 
-def _centroids(run: RunDirectory) -> None:
+def with_centroids(run: RunDirectory) -> None:
     stage = run.stage("cluster")
     (generation,) = stage.all_generations()
     rng = np.random.default_rng(0)

@@ -1,19 +1,15 @@
 """`curate serve` in a real browser: every page, keys, forms; no error, no foreign request, nothing WCAG forbids."""
 
 import re
-import shutil
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
 
-from pipelines.server.application import application
-from pipelines.server.served import Settings
+from curation import audit
 from tests.browser.report_runs import DEMO
+from tests.browser.servers import Running, demo_copy
 from tests.pipelines.synthetic_run import build
 from tests.server.test_pages import EVERY_PAGE
 
@@ -22,32 +18,12 @@ pytestmark = pytest.mark.long
 NOISE = re.compile(r"status of (404|410)|net::ERR_ABORTED")
 
 
-class Running:
-    """A server in a thread, on a port of its own."""
-
-    def __init__(self, root: str, **settings: Any) -> None:
-        self.guard = application(root, Settings(author="browser", **settings))
-        self.served = self.guard.app.state.served
-        self.served.wait()
-        self.server = uvicorn.Server(uvicorn.Config(self.guard, host="127.0.0.1", port=0, log_level="warning"))
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        while not self.server.started:
-            time.sleep(0.05)
-        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(20)
-        self.served.close()
-
-
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Of the demo's run where it was made, else of a small one."""
     root = tmp_path_factory.mktemp("browser") / "run"
     if DEMO.exists():
-        shutil.copytree(DEMO, root, ignore=shutil.ignore_patterns("report", ".index", "decisions"))
+        demo_copy(root)
     else:
         build(root, pool=60)
     found = Running(str(root))
@@ -92,6 +68,47 @@ def test_menu_is_clicked_through_and_counts_are_those_of_the_api(server: Running
     page.goto(server.url)
     steps = page.request.get(server.url + "/api/run").json()["steps"]
     assert f"{sum(s['listed'] for s in steps):,}" in page.locator(".facts").inner_text()
+    assert wrong(looked) == []
+
+
+def table(page: Any, title: str) -> list[list[str]]:
+    """The cells of the table of a section, as they are read."""
+    rows = page.get_by_role("region", name=title, exact=True).locator("tbody tr").all()
+    return [[" ".join(c.split()) for c in row.locator("td:not(.meter)").all_inner_texts()] for row in rows]
+
+
+def test_figures_of_the_stages_are_those_of_the_tables(server: Running, visit: Any) -> None:
+    run = audit.open_run(server.served.run.root)
+    looked = visit(server.url)
+    page = looked.page
+
+    page.goto(server.url + "/retrieval")
+    drawn = {r["seed_set"]: r["images"] for r in server.served.index.document["seed_entropy"]}
+    shown = {cells[0]: cells for cells in table(page, "Seed sets")}
+    if run.manifest:
+        for row in audit.seed_sets(run).to_pylist():
+            wanted = [f"{row[name]:,}" for name in ("nominal", "unique", "colliding", "shared")]
+            assert shown[row["seed_set"]][3:7] == wanted and drawn[row["seed_set"]] == row["unique"]
+    page.get_by_role("link", name=next(iter(shown)), exact=True).first.click()
+    page.wait_for_url("**seed_set=*")
+    assert page.locator("svg.chart .curve").count() == 1 and looked.violations() == []
+
+    page.goto(server.url + "/clusters")
+    assert page.locator("svg.map a").count() >= 4 or not run.centroids
+    for cells in table(page, "Levels"):
+        assert cells[1] == f"{len(audit.clusters(run, int(cells[0][0]))):,}"
+
+    page.goto(server.url + "/balance")
+    for row in audit.balance(run).to_pylist():
+        if row["of"] == "pool":
+            level = row["level"].removeprefix("cluster_")
+            cells = table(page, f"Level {level}" + (": leaves" if level == "1" else ""))[0]
+            assert cells[2:] == [f"{row['effective']:.1f}", f"{row['entropy']:.3f}", f"{row['gini']:.3f}"]
+
+    page.goto(server.url + "/decontamination")
+    hits = audit.reference_hits(run, [0.45, 0.5]).to_pylist()
+    assert [cells[3] for cells in table(page, "Reference sets")] == [f"{row['images']:,}" for row in hits]
+    assert page.locator(".pairs .pair").first.locator("figure").count() == 2
     assert wrong(looked) == []
 
 

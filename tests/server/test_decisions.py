@@ -1,5 +1,8 @@
 """Decisions: stored as one file a batch, resolved to images, applied by the server at once and by every reader."""
 
+import json
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,9 +16,11 @@ from curation import hidden
 from curation.errors import UserError
 from curation.schemas import DECISIONS
 from pipelines import decisions
-from pipelines.context import Context
 from pipelines.decisions import Decision
-from pipelines.stages import manifest, mix
+from pipelines.description import current_parts
+from pipelines.run_directory import RunDirectory
+from pipelines.stages import manifest
+from tests.browser.report_runs import Here
 from tests.pipelines.synthetic_run import SyntheticRun
 from tests.server.test_index import rows_of
 
@@ -82,28 +87,53 @@ def test_last_decision_counts_whatever_its_scope(client: Any) -> None:
     assert client.get("/api/images/4").status_code == 200 and client.get("/api/images/1").status_code == 410
 
 
-def test_manifest_leaves_out_what_was_dropped(client: Any, made: SyntheticRun) -> None:
-    dropped = [image for image in made.in_mix if image >> 40 == 0][:2]
-    for image in dropped:
-        decide(client, "drop", "image", image)
+def manifest_rows(run: RunDirectory) -> dict[int, dict[str, Any]]:
+    tables = [pq.ParquetFile(path).read() for path in current_parts(run, "manifest")]
+    return {row["image_id"]: row for table in tables for row in table.to_pylist()}
+
+
+def decide_on_what_is_in_the_mix(client: Any, made: SyntheticRun) -> set[int]:
+    """One image, one cluster of which an image is kept again, and one host: the images that shall go."""
+    image, kept = (i for i in made.in_mix if i >> 40 == 0 and i in (10, 14))
+    cluster = {row["image_id"] for row in rows_of(made, "cluster") if row["cluster_1"] == 2}
+    host = {row["image_id"] for row in rows_of(made, "filter") if (row["url"] or "").startswith("http://host-0.")}
+    decide(client, "drop", "image", image)
+    decide(client, "drop", "host", "host-0.example")
+    decide(client, "drop", "cluster", "1:2")
+    decide(client, "keep", "image", kept)
+    decide(client, "note", "image", kept, note="a fine one")
+    gone = ({image} | cluster | host) - {kept}
+    assert kept in cluster and 0 < len(gone & set(made.in_mix)) < len(made.in_mix)
+    return gone
+
+
+def check_manifest(run: RunDirectory, before: dict[int, Any], made: SyntheticRun, gone: set[int]) -> None:
+    after = manifest_rows(run)
+    assert sorted(before) == made.in_mix
+    assert after == {image: row for image, row in before.items() if image not in gone}
+    card = json.loads(Path(run.stage("manifest").generations()[-1].file("manifest.json")).read_text())
+    assert card["manifest"]["rows"] == len(after)
+
+
+def test_manifest_leaves_out_what_was_dropped_through_the_api(client: Any, made: SyntheticRun) -> None:
     run = client.served.run
-    assert set(dropped) <= set(hidden.hidden_ids(run.root).tolist())
-    tables = [pq.ParquetFile(path).read() for path in run.stage("mix").part_paths()]
-    left = [i for table in tables for i in hidden.hide(table, hidden.hidden_ids(run.root))["image_id"].to_pylist()]
-    assert left == [image for image in made.in_mix if image not in dropped]
+    manifest.execute(Here(run=run), manifest.ManifestConfig())
+    before = manifest_rows(run)
+    gone = decide_on_what_is_in_the_mix(client, made)
+    manifest.execute(Here(run=run), manifest.ManifestConfig())
+    check_manifest(run, before, made, gone)
 
 
 @pytest.mark.long
-def test_curate_manifest_applies_decisions(client: Any, made: SyntheticRun, ray_session: None) -> None:
-    dropped = next(image for image in made.in_mix if image >> 40 == 0)
-    decide(client, "drop", "image", dropped)
+def test_curate_manifest_applies_what_was_decided_through_the_api(client: Any, made: SyntheticRun) -> None:
     run = client.served.run
-    manifest.execute(Context(run=run), manifest.ManifestConfig())
-    ids = [
-        i for path in run.stage("manifest").part_paths() for i in pq.ParquetFile(path).read()["image_id"].to_pylist()
-    ]
-    assert sorted(ids) == [image for image in made.in_mix if image != dropped]
-    assert mix.NAME == "mix"
+    command = [sys.executable, "-m", "cli.main", "manifest", run.root]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    before = manifest_rows(run)
+    gone = decide_on_what_is_in_the_mix(client, made)
+    told = subprocess.run(command, check=True, capture_output=True, timeout=300, text=True)
+    assert "Traceback" not in told.stderr
+    check_manifest(run, before, made, gone)
 
 
 def test_another_process_decides_and_this_server_follows(client: Any) -> None:

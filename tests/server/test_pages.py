@@ -97,7 +97,7 @@ def test_figures_of_the_overview_are_those_of_the_tables(client: Any, made: Synt
     for name, value in (
         ("Images listed", len(images)),
         ("Usable", sum(row["status"] == "ok" for row in images)),
-        ("Near copies removed", copies),
+        ("Copies removed", copies),
         ("In the dataset", len(made.in_mix)),
     ):
         assert f"{name} {value:,}" in text
@@ -166,6 +166,8 @@ def test_pages_that_are_too_large_or_nonsense_are_refused(client: Any, path: str
         "/image/12345",
         "/api/images/12345",
         "/cluster/99/1",
+        "/cluster/19/1",
+        "/cluster/1/99",
         "/scores/none",
         "/nothing",
         "/api/images/0/similar?space=none",
