@@ -211,8 +211,9 @@ def scores_page(
     found = index.scored(name, value, after, PAGE, down, index.tiles)
     for row in found.images:
         row["note"] = score(row["score"])
-    section = {"label": "Histogram", "charts": [("", filters.chart(served_of(request), index, name))]}
     copies = name == "similarity"
+    words = f"{counted(len(index.orders[name][0]), 'image')} by this score"
+    section = {"label": "Histogram", "charts": [(words, filters.chart(served_of(request), index, name))]}
     return page(
         request,
         "images.html.j2",

@@ -57,6 +57,7 @@ def test_every_page_is_reached_by_clicks_and_none_has_a_fault(run: Path, visit: 
     done: list[str] = []
 
     def look() -> None:
+        page.wait_for_load_state("load")  # with its style sheet
         done.append(page.url.split("#")[0].rsplit("/", 1)[1])
         assert page.locator("h1").count() == 1
         grounds.add(page.evaluate("getComputedStyle(document.body).backgroundColor"))
