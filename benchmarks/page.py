@@ -1,4 +1,4 @@
-"""Writes the tables and plots of docs/performance.md, the tables of docs/training.md and docs/reliability.md.
+"""Writes the tables and plots of docs/performance.md, the tables of docs/{training,reliability,server}.md.
 
     python -m benchmarks.page
 
@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import page_tables, plots, reliability_tables, training_tables
+from benchmarks import page_tables, plots, reliability_tables, server_tables, training_tables
 from benchmarks.page_data import Results
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +38,11 @@ TRAINING: dict[str, Callable[[Results], str]] = {"learns": training_tables.learn
 RELIABILITY: dict[str, Callable[[Results], str]] = {
     "chaos": reliability_tables.chaos,
     "checksums": reliability_tables.checksums,
+}
+SERVER: dict[str, Callable[[Results], str]] = {
+    "serve-answers": server_tables.answers,
+    "serve-index": server_tables.index,
+    "serve-words": server_tables.words,
 }
 PLOTS: dict[str, Callable[[Results, Path], str]] = {
     "plot-join": plots.join,
@@ -74,6 +79,7 @@ def main() -> None:
     parser.add_argument("--training", type=Path, default=ROOT / "docs" / "training.md")
     parser.add_argument("--reliability", type=Path, default=ROOT / "docs" / "reliability.md")
     parser.add_argument("--format", default="svg", choices=["svg", "png"], help="png: to look at, beside the page")
+    parser.add_argument("--server", type=Path, default=ROOT / "docs" / "server.md")
     arguments = parser.parse_args()
     results = Results(arguments.results)
     folder = arguments.page.parent / "performance"
@@ -81,6 +87,7 @@ def main() -> None:
     parts = {name: make(results) for name, make in SECTIONS.items()}
     of_training = {name: make(results) for name, make in TRAINING.items()}
     of_reliability = {name: make(results) for name, make in RELIABILITY.items()}
+    of_server = {name: make(results) for name, make in SERVER.items()}
     for name, draw in PLOTS.items():
         path = folder / f"{name.removeprefix('plot-')}.{arguments.format}"
         parts[name] = picture(draw, results, path)
@@ -89,10 +96,11 @@ def main() -> None:
             (arguments.page, parts),
             (arguments.training, of_training),
             (arguments.reliability, of_reliability),
+            (arguments.server, of_server),
         )
         for page, found in pages:
             page.write_text(filled(page.read_text(encoding="utf-8"), found), encoding="utf-8")
-    told = parts | of_training | of_reliability
+    told = parts | of_training | of_reliability | of_server
     print("\n".join(f"{name}: {'written' if text else 'no results'}" for name, text in told.items()))
 
 

@@ -318,7 +318,20 @@ def retrieve(results: Results) -> str:
                 )
     names = [name for name, document in results.named("retrieve*") if "methods" in document]
     heads = ("method", "CPU s", "share of exact", "recall@N", "peak GiB")
-    return table(heads, rows) + linked(names) if rows else ""
+    return table(heads, rows) + linked(names) + _profile(results.retrievals()) if rows else ""
+
+
+def _profile(retrievals: list[dict[str, Any]]) -> str:
+    """Where the time of the largest pool goes."""
+    whole = max(retrievals, key=lambda document: document["arguments"]["vectors"])
+    ours, exact = whole["methods"]["curate retrieve"], whole["methods"]["exact"]["cpu_seconds"]
+    if "parts" not in ours:
+        return ""
+    parts = dict(sorted(ours["parts"].items(), key=lambda part: -part[1]))
+    parts["everything else: training of cells and levels, tables, imports"] = ours["cpu_seconds"] - sum(parts.values())
+    rows = [(name, f"{seconds:.2f}", f"{seconds / exact:.3f}") for name, seconds in parts.items()]
+    text = f"\n\nWhere its time goes in {whole['arguments']['vectors']:,} images:\n\n"
+    return text + table(("part", "CPU s", "share of exact"), rows)
 
 
 def images(results: Results) -> str:
