@@ -9,6 +9,7 @@ import jinja2
 from markupsafe import Markup
 
 from curation.audit import charts
+from curation.audit.overview import UNSAFE
 from curation.audit.words import visible
 from pipelines.server import shown
 
@@ -67,7 +68,7 @@ def _environment() -> jinja2.Environment:
         "state_of": shown.state_of,
         "duration": shown.duration,
     }
-    environment.globals |= {"meter": charts.meter, "unsafe": shown.UNSAFE}
+    environment.globals |= {"meter": charts.meter, "unsafe": UNSAFE}
     return environment
 
 

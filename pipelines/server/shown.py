@@ -4,11 +4,8 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
-from curation.audit.overview import UNSAFE
 from curation.audit.site import DROPPED
 from curation.audit.words import visible
-
-__all__ = ["UNSAFE", "duration", "name_of", "plain", "query", "state_of"]
 
 HASHES = ("sha256", "stored_sha256", "pixel_sha256")
 

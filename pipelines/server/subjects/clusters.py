@@ -8,6 +8,7 @@ import numpy as np
 from markupsafe import Markup
 
 from curation.audit import charts, measures
+from curation.audit.overview import UNSAFE
 from curation.audit.sections.clusters import arranged
 from curation.audit.words import visible
 from pipelines.server import shown
@@ -155,7 +156,7 @@ def drawn_map(index: Opened, level: int, shown_since: int) -> Markup:
     marked = []
     for entry in rows[:MAP_PICTURES]:
         images = _pictures(index, level, entry["cluster"], 1)
-        fit = bool(images) and bool(images[0]["shard"]) and (images[0]["nsfw"] or 0) <= shown.UNSAFE
+        fit = bool(images) and bool(images[0]["shard"]) and (images[0]["nsfw"] or 0) <= UNSAFE
         href = f"/cluster/{level}/{entry['cluster']}"
         image = int(images[0]["image_id"]) if fit else None
         marked.append(entry | {"href": href, "drawn": drawn_from(entry), "image": image})
