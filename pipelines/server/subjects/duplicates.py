@@ -43,6 +43,14 @@ def page(served: Served, index: Opened, start: int) -> Values:
     }
 
 
+def outcomes(index: Opened) -> dict[str, int]:
+    """Images by what became of them: kept, self, reference, exact, hash."""
+    found: dict[str, int] = {}
+    for entry in index.document.get("reasons", []):
+        found[entry["reason"]] = found.get(entry["reason"], 0) + entry["images"]
+    return found
+
+
 def similarity_chart(served: Served, index: Opened) -> Markup:
     """The histogram of cosines to the nearest image, with the threshold; empty without any."""
     edges = similarity_edges(served.stages)
@@ -86,9 +94,7 @@ def _figures(served: Served, index: Opened, threshold: float | None) -> list[Val
         ),
     ]
     sections: list[Values] = [{"label": "Charts", "charts": [(words, chart) for words, chart in drawn if chart]}]
-    reasons: dict[str, int] = {}
-    for entry in index.document.get("reasons", []):
-        reasons[entry["reason"]] = reasons.get(entry["reason"], 0) + entry["images"]
+    reasons = outcomes(index)
     rows = [
         row(
             "kept" if reason == "kept" else "dropped",

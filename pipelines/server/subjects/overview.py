@@ -14,6 +14,7 @@ from pipelines.server.opened import Opened
 from pipelines.server.rendering import number
 from pipelines.server.served import Served
 from pipelines.server.subjects import TABLE, Values
+from pipelines.server.subjects.duplicates import outcomes
 
 STEPS = {"fetched": "fetched and decoded", "in the manifest": "in the dataset"}
 """Steps of the funnel that the index counts a little otherwise than the data card."""
@@ -53,9 +54,7 @@ def page(served: Served) -> Values:
     document = index.document
     licences = {s.name: s.licence for s in served.run.sources()}
     sources = [s | {"licence": licences.get(s["source"])} for s in document.get("steps", [])]
-    reasons: dict[str, int] = {}
-    for entry in document.get("reasons", []):
-        reasons[entry["reason"]] = reasons.get(entry["reason"], 0) + entry["images"]
+    reasons = outcomes(index)
     chosen = sum(s["chosen"] or 0 for s in sources)
     listed = sum(s["listed"] for s in sources)
     has_mix = any(s["chosen"] is not None for s in sources)
