@@ -270,6 +270,7 @@ def test_curves_of_a_seed_set_are_those_of_the_notebook(client: Any, run: audit.
     assert (rows["flowers"]["nominal"], rows["flowers"]["unique"], rows["flowers"]["colliding"]) == (20, 17, 3)
     text = text_of(client, "/retrieval?seed_set=flowers")
     assert "Nominal 20" in text and "Colliding 3" in text and "Similarity by rank" in text
+    assert "Nominal 20 retrievals" in text_of(client, "/retrieval?seed_set=animals")  # counted: the stage says nothing
     assert "Cluster mode" in text_of(client, "/retrieval?seed_set=animals")
     assert "Clusters chosen, and why" in text_of(client, "/retrieval?seed_set=animals")
 

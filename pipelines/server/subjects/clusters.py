@@ -14,6 +14,7 @@ from curation.audit.words import visible
 from pipelines.server import shown
 from pipelines.server.clustering import DRAWN
 from pipelines.server.opened import Opened
+from pipelines.server.parts import CUT
 from pipelines.server.rendering import number, score
 from pipelines.server.subjects import BESIDE, CARDS, TABLE, TILES, Card, Values, counted, row, table
 from pipelines.server.subjects.images import first_of
@@ -198,7 +199,10 @@ def cluster(index: Opened, level: int, found: Mapping[str, Any]) -> tuple[str, l
         sections.append(table("Drawn by seed sets", ["Seed set"], ["Images"], drawn, of=most))
     labels = [
         row(
-            (visible(entry["name"], 80), "/images?" + shown.query(label=entry["name"], cluster=f"{level}:{number_of}")),
+            (
+                visible(entry["name"], 80),
+                "/images?" + shown.query(label=entry["name"][: CUT["label"]], cluster=f"{level}:{number_of}"),
+            ),
             number(entry["images"]),
             value=entry["images"],
         )

@@ -17,8 +17,8 @@ from pipelines.server.subjects import CARDS, TABLE, TILES, Card, Values, counted
 FIGURES = ("planned", "nominal", "unique", "colliding", "shared")
 NOTES = {
     "planned": "if no seed is lost",
-    "nominal": "retrievals in the manifest",
-    "unique": "images of the manifest",
+    "nominal": "retrievals",
+    "unique": "images",
     "colliding": "drawn by several seeds",
     "shared": "drawn by other sets too",
 }
@@ -40,7 +40,7 @@ def page(served: Served, index: Opened, start: int, seed_set: str | None) -> Val
         "total": last - first,
     }
     if seed_set and start == 0:
-        row_of = next((r for r in served.seed_sets() if r["seed_set"] == seed_set), {})
+        row_of = _brought(served, index).get(seed_set, {})
         known = [(name, row_of[name]) for name in FIGURES if row_of.get(name) is not None]
         found["facts"] = [(name.capitalize(), number(value), NOTES[name]) for name, value in known]
     return found
@@ -65,8 +65,21 @@ def _card(index: Opened, entry: Mapping[str, Any]) -> Card | None:
     )
 
 
+def _brought(served: Served, index: Opened) -> dict[str, Values]:
+    """What each seed set brought, by its name; what no stage has said is counted in the table of retrieval."""
+    found: dict[str, Values] = {}
+    for entry in index.document.get("seed_sets", []):
+        one = found.setdefault(entry["seed_set"], {"nominal": 0, "unique": entry["images"]})
+        one["unique"] = None if one["nominal"] else one["unique"]  # two modes may have drawn the same images
+        one["nominal"] += entry["nominal"]
+    for said in served.seed_sets():
+        one = found.setdefault(said["seed_set"], {})
+        one |= {name: value for name, value in said.items() if value is not None}
+    return found
+
+
 def _sets(served: Served, index: Opened) -> list[Values]:
-    known = {r["seed_set"]: r for r in served.seed_sets()}
+    known = _brought(served, index)
     by_set: dict[str, list[Values]] = {}
     for entry in index.document.get("seed_sets", []):
         by_set.setdefault(entry["seed_set"], []).append(entry)
