@@ -22,7 +22,7 @@ from pipelines.server import clustering, collecting, summing, vectors
 from pipelines.server import parts as run_tables
 from pipelines.server.workshop import Tell, Workshop
 
-REVISION = 1
+REVISION = 2
 FOLDER = ".index"
 DONE = "index.json"
 
