@@ -1,10 +1,11 @@
-"""Whole runs whose processes are killed at random times, resumed until they end, and compared with an untouched run.
+"""Whole runs whose processes are killed at random moments, resumed until they end, and compared with an untouched run.
 
-`python -m benchmarks.chaos --kills 50` draws from --seed when to kill (anywhere in a run, from the start of its
-processes on) and whom: the driver (`curate run`), a Ray worker, the raylet, or all of them at once as a machine that
-loses its power. The same command is then given again. Every table, shard and data card of a run that has ended is
-compared with that of a run that nobody touched: rows lost, rows twice, bytes different. The pool is downloaded from a
-web on loopback, with URLs that fail; seeds and evaluation set are imported. Writes benchmarks/results/chaos.json.
+`python -m benchmarks.chaos --kills 50` draws from --seed when to kill (any moment of any stage, or of the start of a
+command) and whom: the driver (`curate run`), a Ray worker, the raylet or one of the agents that it dies with, the
+server of the cluster's state, or all of them at once as a machine that loses its power. The same command is then
+given again. Every table, shard and data card of a run that has ended is compared with that of a run that nobody
+touched: rows lost, rows twice, bytes different. The pool is downloaded from a web on loopback, with URLs that fail;
+seeds and evaluation set are imported. Writes benchmarks/results/chaos.json.
 """
 
 import argparse
@@ -19,25 +20,23 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benchmarks import machine
+from benchmarks.chaos_kills import HUNG_S, VICTIMS, Kill, Plan, carried_out, drawn, ended_within, events, spans_of
 from tests.e2e import pictures
 
 RESULT = Path(__file__).parent / "results" / "chaos.json"
-VICTIMS = {"driver": 3, "worker": 4, "raylet": 2, "machine": 1}
-"""Whom to kill, and how often of ten. machine: driver, raylet and workers in one moment."""
-HUNG_S = 240.0
-"""A driver that does not end for so long after its raylet was killed has hung."""
+PER_RUN = 10
+"""Kills meant for one run: it then ends, and the next begins."""
 CONFIG = """
 run: {run}
 seed: 5
@@ -54,17 +53,6 @@ retrieve: {{mode: sample, neighbours: 3}}
 balance: {{target: 12}}
 resources: {{workers: {workers}}}
 """
-
-
-@dataclass
-class Kill:
-    """One kill. after_s: since the start of the command. stage: the last one that had begun by the events."""
-
-    victim: str
-    after_s: float
-    stage: str | None
-    exit_code: int | None = None
-    said: str = ""
 
 
 @dataclass
@@ -96,56 +84,60 @@ class Chaos:
         path.write_text(CONFIG.format(**values))
         return path
 
-    def whole(self) -> tuple[dict[str, bytes], float]:
-        """An untouched run: its results and how long it took."""
-        began = time.monotonic()
+    def whole(self) -> "Whole":
+        """An untouched run."""
+        began, clock = time.monotonic(), time.time()
         process = start(self.config("whole"))
         if process.wait():
             raise RuntimeError(log_of(self.config("whole"))[-3000:])
-        return results(self.root / "whole"), time.monotonic() - began
+        return Whole(
+            results(self.root / "whole"), time.monotonic() - began, spans_of(events(self.root / "whole"), clock)
+        )
 
-    def carry_out(
-        self, kills: int, expected: dict[str, bytes], seconds: float, ended: Callable[[], None] = lambda: None
-    ) -> None:
-        """Kill so often, over as many runs as that takes; the last one is brought to its end.
-
-        seconds: a command is struck within so many of its start, or since its last worker was killed.
-        """
-        choice = random.Random(self.seed)
+    def carry_out(self, kills: int, whole: "Whole", ended: Callable[[], None] = lambda: None) -> None:
+        """Kill so often, over as many runs as that takes; each is brought to its end."""
+        choice = random.Random(f"{self.seed}:{len(self.ends)}")
         left = kills
         while left:
-            left -= self.one_run(f"run-{len(self.ends):03d}", choice, left, expected, seconds)
+            victims = choice.choices(list(VICTIMS), list(VICTIMS.values()), k=min(left, PER_RUN))
+            left -= self.one_run(drawn(choice, victims, list(whole.spans)), choice, whole)
             ended()
 
-    def one_run(self, name: str, choice: random.Random, most: int, expected: dict[str, bytes], seconds: float) -> int:
-        """One run from its start to its end, killed at most `most` times. Returns how often it was."""
+    def one_run(self, plans: Sequence[Plan], choice: random.Random, whole: "Whole") -> int:
+        """One run from its start to its end, killed as planned. Returns how often it was."""
+        name = f"run-{len(self.ends):03d}"
         config, began = self.config(name), time.monotonic()
-        kills: list[Kill] = []
-        while self.one_command(name, config, choice, kills, most, seconds) != 0:
+        left, kills = list(plans), list[Kill]()
+        while self.one_command(name, config, left, kills, choice, whole) != 0:
             pass
         found = results(self.root / name)
-        lost, twice = compare_rows(expected, found)
-        different = sorted(p for p in expected.keys() | found.keys() if expected.get(p) != found.get(p))
+        lost, twice = compare_rows(whole.files, found)
+        different = sorted(p for p in whole.files.keys() | found.keys() if whole.files.get(p) != found.get(p))
         rubbish = sorted(str(p.relative_to(self.root / name)) for p in (self.root / name).rglob(".*.tmp"))
         self.ends.append(Ended(kills, lost, twice, different, rubbish, round(time.monotonic() - began, 1)))
         return len(kills)
 
     def one_command(
-        self, name: str, config: Path, choice: random.Random, kills: list[Kill], most: int, seconds: float
+        self, name: str, config: Path, left: list[Plan], kills: list[Kill], choice: random.Random, whole: "Whole"
     ) -> int | None:
-        """One `curate run`, until it ends or is ended; kills are added. Returns its exit code, None if it hung."""
-        process, began = start(config), time.monotonic()
+        """One `curate run`, until it ends or is ended; plans are used up, kills are added.
+
+        Returns its exit code, None if it hung.
+        """
+        seen, began = len(events(self.root / name)), time.monotonic()
+        process = start(config)
         struck: Kill | None = None
         try:
-            while len(kills) < most and not ended_within(process, choice.uniform(0, seconds)):
-                victim = choice.choices(list(VICTIMS), list(VICTIMS.values()))[0]
-                found = strike(process, victim, choice, self.root / name, time.monotonic() - began)
-                if found is not None:
-                    kills.append(found)
-                    struck = found
-                    if victim != "worker":
-                        break
-            code = process.wait(HUNG_S) if ended_within(process, HUNG_S) else None
+            while left and (struck is None or struck.victim == "worker"):
+                kill = carried_out(
+                    left[0], process, self.root / name, seen=seen, began=began, spans=whole.spans, choice=choice
+                )
+                if kill is None:
+                    break
+                struck = kill
+                kills.append(kill)
+                del left[0]
+            code = process.wait() if ended_within(process, HUNG_S) else None
             if struck is not None:
                 struck.exit_code = code
                 if code != -signal.SIGKILL:
@@ -155,6 +147,15 @@ class Chaos:
             return code
         finally:
             end_group(process)
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The untouched run: its results, seconds, and those of each stage and of the start, in their order."""
+
+    files: dict[str, bytes]
+    seconds: float
+    spans: dict[str, float]
 
 
 def prepare(root: Path, originals: int) -> None:
@@ -192,56 +193,8 @@ def web(root: Path) -> Iterator[int]:
 def start(config: Path) -> subprocess.Popen[bytes]:
     """`curate run` in a session of its own, its output in a file beside the configuration."""
     command = [sys.executable, "-m", "cli.main", "run", str(config), "--json"]
-    patient = {**os.environ, "RAY_raylet_start_wait_time_s": "300"}  # a busy machine is no fault of the run
     with open(config.with_suffix(".log"), "ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True, env=patient)
-
-
-def strike(
-    process: subprocess.Popen[bytes], victim: str, choice: random.Random, run: Path, after_s: float
-) -> Kill | None:
-    """Kill -9. None if there is no such process, or the driver has ended."""
-    family = [(p, name) for p in children_of(process.pid) if (name := title_of(p)) is not None]
-    targets = {
-        "driver": [psutil.Process(process.pid)] if process.poll() is None else [],
-        "worker": [p for p, name in family if name.startswith("ray::")],
-        "raylet": [p for p, name in family if "/raylet" in name.split(" ")[0]],
-    }
-    stage = last_stage(run)
-    if victim == "machine":
-        if process.poll() is not None:
-            return None
-        os.killpg(process.pid, signal.SIGKILL)
-        return Kill(victim, round(after_s, 2), stage)
-    if not targets[victim]:
-        return None
-    try:
-        choice.choice(targets[victim]).kill()
-    except psutil.Error:
-        return None
-    return Kill(victim, round(after_s, 2), stage)
-
-
-def children_of(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.Error:
-        return []
-
-
-def title_of(process: psutil.Process) -> str | None:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return None
-
-
-def ended_within(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    try:
-        process.wait(seconds)
-    except subprocess.TimeoutExpired:
-        return False
-    return True
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
@@ -262,22 +215,6 @@ def last_line(config: Path) -> str:
     """The last line of a run's output that is not Ray's."""
     lines = [line.strip() for line in log_of(config).splitlines() if line.strip() and line[0] not in "[(\x1b \t"]
     return lines[-1][:300] if lines else ""
-
-
-def last_stage(run: Path) -> str | None:
-    """The stage that began last, by RUN/events.jsonl."""
-    try:
-        lines = (run / "events.jsonl").read_bytes().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        try:
-            event = json.loads(line)
-        except ValueError:  # cut by the kill
-            continue
-        if event.get("event") == "stage_start":
-            return str(event["stage"])
-    return None
 
 
 def results(run: Path) -> dict[str, bytes]:
@@ -308,14 +245,18 @@ def ids_by_folder(files: dict[str, bytes]) -> dict[str, Counter[int]]:
     return found
 
 
-def document(chaos: Chaos, seconds: float, expected: dict[str, bytes], cpu_s: float) -> dict[str, Any]:
+def document(chaos: Chaos, whole: Whole, cpu_s: float) -> dict[str, Any]:
     """The figures."""
     kills = [kill for end in chaos.ends for kill in end.kills]
     return {
         "command": "python -m benchmarks.chaos " + " ".join(sys.argv[1:]),
         "machine": machine.facts(),
         "versions": machine.versions(["ray", "pyarrow", "numpy", "faiss-cpu", "img2dataset"]),
-        "untouched": {"seconds": round(seconds, 1), "files": len(expected), "bytes": sum(map(len, expected.values()))},
+        "untouched": {
+            "seconds": round(whole.seconds, 1),
+            "files": len(whole.files),
+            "bytes": sum(map(len, whole.files.values())),
+        },
         "kills": len(kills),
         "runs": len(chaos.ends),
         "rows_lost": sum(end.rows_lost for end in chaos.ends),
@@ -338,9 +279,6 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--originals", type=int, default=64, help="pictures of the pool; a quarter has three copies")
-    parser.add_argument(
-        "--within", type=float, default=0.4, help="share of the untouched run's time in which a command is struck"
-    )
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--add", action="store_true", help="to the runs that --out holds, until they have --kills")
     given = parser.parse_args()
@@ -353,21 +291,19 @@ def main() -> int:
         with web(root) as port:
             write_urls(root, port)
             chaos = Chaos(root, given.seed, ends=earlier)
-            expected, seconds = chaos.whole()
-            sys.stdout.write(f"an untouched run takes {seconds:.1f} s\n")
+            whole = chaos.whole()
+            sys.stdout.write(f"an untouched run takes {whole.seconds:.1f} s\n")
 
             def store() -> None:
                 used = os.times()
-                found = document(
-                    chaos, seconds, expected, before["cpu_seconds"] + used.children_user + used.children_system
-                )
+                found = document(chaos, whole, before["cpu_seconds"] + used.children_user + used.children_system)
                 given.out.parent.mkdir(parents=True, exist_ok=True)
                 given.out.write_text(json.dumps(found, indent=1) + "\n")
                 shown = {key: value for key, value in found.items() if key not in ("ends", "machine")}
                 sys.stdout.write(json.dumps(shown) + "\n")
                 sys.stdout.flush()
 
-            chaos.carry_out(left, expected, given.within * seconds, store)
+            chaos.carry_out(left, whole, store)
     return int(any(end.rows_lost or end.rows_twice or end.files_different for end in chaos.ends))
 
 

@@ -7,6 +7,7 @@ VICTIMS = {
     "driver": "`curate run`",
     "worker": "a Ray worker",
     "raylet": "the raylet",
+    "gcs": "the server of Ray's state",
     "machine": "all of them at once",
 }
 

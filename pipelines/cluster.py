@@ -13,7 +13,7 @@ from typing import Any
 
 from curation import device, storage
 from curation.errors import GO_ON, UserError, mendable
-from pipelines import raylet_watch
+from pipelines.ray_watch import Watch
 
 IN_FLIGHT_PER_SLOT = 3
 """What waits beyond what runs keeps workers busy, and is what an autoscaler sees."""
@@ -54,6 +54,8 @@ def start(address: str | None, workers: int | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_task_oom_retries", "3")  # Ray's own is for ever
+    # Ray starts for ever where a worker that it starts ahead of any task dies while it registers.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     import ray
 
     if ray.is_initialized():
@@ -63,6 +65,7 @@ def start(address: str | None, workers: int | None) -> None:
         _join(address)
         return
     for attempt in range(1, START_ATTEMPTS + 1):
+        watch = Watch()
         try:
             ray.init(
                 address="local",
@@ -71,9 +74,10 @@ def start(address: str | None, workers: int | None) -> None:
                 logging_level="ERROR",
                 log_to_driver=bool(os.environ.get("CURATE_WORKER_LOGS")),
             )
-            raylet_watch.begin()
+            watch.started.set()
             return
         except Exception as error:  # Ray raises bare Exceptions when a busy machine is late to start it
+            watch.stop()
             ray.shutdown()
             if attempt == START_ATTEMPTS:
                 reason = str(error).splitlines()[0]

@@ -271,9 +271,3 @@ except Exception as error:
 def test_a_machine_out_of_memory_is_one_sentence_and_not_tried_for_ever() -> None:
     done = subprocess.run([sys.executable, "-c", HOGGED], capture_output=True, text=True, check=False, timeout=500)
     assert done.stdout.splitlines()[-1].startswith("UserError: part-0: out of memory (Ray ended its worker every time")
-
-
-def test_the_second_run_skips_everything(uninterrupted: tuple[Path, dict[str, bytes]]) -> None:
-    root, expected = uninterrupted
-    assert all(stage["skipped"] for stage in run_here(root)["stages"])
-    assert results(root / "whole") == expected
