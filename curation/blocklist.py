@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from curation import exact, storage
+from curation import exact, parquet, storage
 from curation.errors import UserError
 from curation.hidden import FORGOTTEN
 
@@ -217,7 +217,7 @@ def _write(run: str, name: str, table: pa.Table, before: int) -> None:
 
 def _read(path: str, schema: pa.Schema) -> tuple[pa.Table, int]:
     try:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(path)), columns=schema.names)
+        table = parquet.open_bytes(storage.read_bytes(path)).read(schema.names)
         return table.cast(schema), int((table.schema.metadata or {}).get(BEFORE, b"0"))
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a part of a block list ({error}); restore it", exit_code=1) from error

@@ -8,9 +8,8 @@ import hashlib
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet, storage
 from curation.errors import UserError
 from curation.schemas import DECISIONS
 
@@ -33,7 +32,7 @@ def forgotten_representatives(run: str) -> np.ndarray:
     """Forgotten ids that stood for a component of duplicates, uint64, sorted."""
     found = [np.empty(0, np.uint64)]
     for path in storage.list_files(storage.join(run, FORGOTTEN), ".parquet"):
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
+        table = parquet.read_table(path)
         if "representative" in table.column_names:
             found.append(table.filter(table["representative"])["image_id"].to_numpy())
     return np.unique(np.concatenate(found))
@@ -76,7 +75,7 @@ def _decisions(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(image ids, times in microseconds, whether they drop) of a batch; notes decide nothing and are left out."""
     names = ["image_id", "made_at", "action"]
     try:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(path)), columns=names)
+        table = parquet.open_bytes(storage.read_bytes(path)).read(names)
         table = table.cast(pa.schema([DECISIONS.field(name) for name in names]))
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a batch of decisions ({error}); restore or remove it", exit_code=1) from error
@@ -89,7 +88,7 @@ def _decisions(path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def _column(path: str, name: str) -> np.ndarray:
     try:
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(path)), columns=[name])
+        table = parquet.open_bytes(storage.read_bytes(path)).read([name])
         return np.asarray(table[name].to_numpy(), np.uint64)
     except (OSError, KeyError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a list of forgotten images ({error}); restore it", exit_code=1) from error

@@ -33,6 +33,11 @@ def open_file(path: str, **options: Any) -> pq.ParquetFile:
         return pq.ParquetFile(source, page_checksum_verification=True, **options)
 
 
+def open_bytes(data: bytes) -> pq.ParquetFile:
+    """As `open_file`, of bytes that were read already; with Arrow's own errors, for `named` or a better sentence."""
+    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+
+
 def read_table(path: str, columns: Sequence[str] | None = None) -> pa.Table:
     """The table, or the named columns of it in that order. Raises DamagedError, FileNotFoundError."""
     with open_file(path) as file, named(path):

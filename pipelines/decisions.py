@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet, storage
 from curation.errors import UserError
 from curation.hidden import DECIDED
 from curation.schemas import ACTIONS, DECISIONS, SCOPES
@@ -77,7 +76,7 @@ def listed(run: str, start: int = 0, limit: int = 50) -> tuple[list[dict[str, An
     for path in paths[start : start + limit]:
         entry: dict[str, Any] = {"batch": path.rsplit("/", 1)[-1]}
         try:
-            file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(path)))
+            file = parquet.open_bytes(storage.read_bytes(path))
             first = next(iter(file.iter_batches(1))).to_pylist()[0]
         except (OSError, StopIteration, pa.ArrowException) as error:
             entry |= {"error": f"not readable ({str(error)[:200]})", "images": 0}

@@ -9,10 +9,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
-from curation import blocklist, hidden, storage, vectors
+from curation import blocklist, hidden, parquet, vectors
 from curation.duplicates.members import Members, whole_set
 from curation.duplicates.relative import join_references
 from curation.duplicates.scratch import Scratch
@@ -45,7 +43,7 @@ def joints_of(run: str, paths: Sequence[str]) -> Joints:
     forgotten = hidden.forgotten_ids(run)
     found: dict[int, list[np.ndarray]] = {}
     for path in paths if len(forgotten) else ():
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
+        table = parquet.read_table(path)
         for end in ("low", "high"):
             ids, spaces = table[end].to_numpy(), table[f"{end}_space"].to_numpy()
             gone = hidden.is_hidden(ids, forgotten)
@@ -96,7 +94,9 @@ def without_copies(
         if not known.rows:
             continue
         _refuse_other_model(known, inputs, paths[0])
-        for role, rows in (("pool", inputs.pool), ("seeds", inputs.seeds)):
+        for role, rows in (("pool", inputs.pool), ("seeds", inputs.seeds), ("exempt", inputs.exempt)):
+            if rows is None:
+                continue
             late = rows.where(inputs.fresh(rows) & (rows.all_ids() >= np.uint64(before)), empty)
             images = inputs.members(late, None, 0, late.count, most)
             inside = Scratch(f"{scratch.directory}/{before}-{role}")
@@ -112,7 +112,7 @@ def _kept_out(earlier: Sequence[Generation]) -> list[np.ndarray]:
     for path in (
         path for generation in earlier if generation.total(blocklist.REASON) for path in generation.part_paths
     ):
-        table = pq.read_table(vectors.open_parquet(path), columns=["image_id", "reason"])
+        table = parquet.read_table(path, ["image_id", "reason"])
         mine = table["reason"].to_numpy(zero_copy_only=False) == blocklist.REASON
         found.append(table["image_id"].to_numpy()[mine])
     return found

@@ -110,6 +110,8 @@ class Inputs:
     """What had to be done otherwise than asked."""
     copies: tuple[np.ndarray, np.ndarray] = (np.empty(0, np.uint64), np.empty(0, np.uint64))
     """Ids that filter dropped as copies (ascending), and the original of each."""
+    exempt: Rows | None = None
+    """Seeds of exempt sets, which are held to the block list alone."""
 
     def members(
         self,
@@ -254,6 +256,7 @@ def from_run(context: Context, generation: Generation, representative: str, empt
         [Rows(room[f"reference:{name}"], empty) for name in names],
         names,
         parts,
+        exempt=Rows(sum(room[s.name] for s in sources.values() if s.exempt), empty),
     )
     column = representative.removeprefix("column:") if representative.startswith("column:") else None
     wanted = ["width", "height"] if representative == "resolution" else [column] if column else []
@@ -285,8 +288,9 @@ def from_run(context: Context, generation: Generation, representative: str, empt
                 found.pool.add(index, ids[mine], place[mine])
                 if wanted:
                     values[begin : found.pool.count] = _value(table, wanted)[mine]
-            elif role(name) == "seed" and not sources[name].exempt:
-                found.seeds.add(index, ids[mine], place[mine])
+            elif role(name) == "seed":
+                rows = found.exempt if found.exempt is not None and sources[name].exempt else found.seeds
+                rows.add(index, ids[mine], place[mine])
             elif role(name) == "reference":
                 found.references[names.index(name.split(":", 1)[1])].add(index, ids[mine], place[mine])
     found.value = values[: found.pool.count] if wanted else None

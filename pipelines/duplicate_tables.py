@@ -32,8 +32,11 @@ class Decisions:
 
 
 def write_part(writer: PartWriter, name: str, part: InputPart, decisions: Decisions) -> PartRecord:
-    """The rows of one part: its pool images that are ok or copies, and its seeds that are not exempt."""
-    ids, kinds = _rows(part, decisions.exempt)
+    """The rows of one part: its pool images that are ok or copies, and its seeds.
+
+    Of exempt sets only those have a row that are kept out as copies of forgotten images.
+    """
+    ids, kinds = _rows(part, decisions.exempt, Reader(decisions.scratch).get("decisions", "forgotten"))
     table, reasons = _table(ids, kinds, Reader(decisions.scratch), decisions)
     counts = {reason: int((reasons == reason).sum()) for reason in REASONS}
     kept_out = int((reasons == REASON).sum())
@@ -42,7 +45,7 @@ def write_part(writer: PartWriter, name: str, part: InputPart, decisions: Decisi
     return writer.write(name, table, counts=counts)
 
 
-def _rows(part: InputPart, exempt: frozenset[str]) -> tuple[np.ndarray, np.ndarray]:
+def _rows(part: InputPart, exempt: frozenset[str], forgotten: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """((n,) ids, (n,) kind: pool, seed, exact or hash)."""
     if part.images is None:
         assert part.vectors is not None
@@ -50,10 +53,11 @@ def _rows(part: InputPart, exempt: frozenset[str]) -> tuple[np.ndarray, np.ndarr
         return ids, np.full(len(ids), "pool", object)
     table = read_images(part.images, ["image_id", "source", "status", "error", "duplicate_of"])
     kinds: list[str | None] = []
+    kept_out = is_hidden(table["image_id"].to_numpy(), forgotten).tolist()
     columns = (table[name].to_pylist() for name in ("source", "status", "error", "duplicate_of"))
-    for source, status, error, original in zip(*columns, strict=True):
+    for source, status, error, original, out in zip(*columns, kept_out, strict=True):
         mine = role(source)
-        if mine == "reference" or source in exempt:
+        if mine == "reference" or (source in exempt and not out):
             kinds.append(None)
         elif status == "ok":
             kinds.append(mine)

@@ -15,9 +15,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from curation import blocklist, hidden, storage
+from curation import blocklist, hidden, parquet, storage
 from curation.errors import UserError
 from curation.hidden import FORGOTTEN
 from curation.manifest import card_bytes
@@ -241,7 +240,7 @@ def _finish(context: Context, name: str) -> str:
     run, salt = context.run, blocklist.make_salt(context.run.root)
     told = certificate(run.root, name)
     path = f"{FORGOTTEN}/{name}.json"
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(run.path(FORGOTTEN, f"{name}.parquet"))))
+    table = parquet.read_table(run.path(FORGOTTEN, f"{name}.parquet"))
     ids = np.unique(table["image_id"].to_numpy())
     if told["state"] == BEGUN:
         counts = forget_select.block(context, name, ids, salt) if len(ids) else {}

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet, storage
 from curation.blocklist import BYTES, PIXELS, URL, keyed
 from curation.hidden import FORGOTTEN, is_hidden
 from pipelines.blocking import url_digest
@@ -111,7 +111,7 @@ def _lines(file: Any) -> Iterator[str]:
 
 def scrub_notes(path: str, texts: Texts) -> None:
     """What an auditor wrote on other images, or on a host, may name a forgotten one."""
-    table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
+    table = parquet.read_table(path)
     for name in ("note", "target"):
         at = table.column_names.index(name)
         values = table[name].to_pylist()

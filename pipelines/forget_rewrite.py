@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet, storage
 from curation.hidden import is_hidden
 from pipelines.blocking import emptied
 from pipelines.erasure import file_sha256, overwrite
@@ -68,7 +68,7 @@ def take_out_of_part(task: tuple[str, str], removal: Removal) -> Done | None:
     data = storage.read_bytes(path)
     if known is not None:
         return Done(path, rows, len(data), storage.sha256(data), files, known)
-    table = pq.read_table(pa.BufferReader(data))
+    table = _table(path, data)
     counts: Counter[str] = Counter()
     shards = _erase_bytes(table, folder, removal, counts)
     for relative in sorted(files):
@@ -91,9 +91,14 @@ def take_out_of_part(task: tuple[str, str], removal: Removal) -> Done | None:
 @contextmanager
 def _opened(path: str) -> Iterator[pq.ParquetFile]:
     """A Parquet file of which only what is asked for is read."""
-    fs, inner = storage.filesystem(path)
-    with fs.open(inner, "rb") as file:
-        yield pq.ParquetFile(file)
+    with parquet.open_file(path) as file, parquet.named(path):
+        yield file
+
+
+def _table(path: str, data: bytes) -> pa.Table:
+    """What is written anew gets new checksums: the old ones are looked at first."""
+    with parquet.named(path):
+        return parquet.open_bytes(data).read()
 
 
 def _is_touched(path: str, removal: Removal) -> bool:
@@ -112,7 +117,7 @@ def take_out_of_table(path: str, removal: Removal) -> Done | None:
     if not _is_touched(path, removal):
         return None
     data = storage.read_bytes(path)
-    table = pq.read_table(pa.BufferReader(data))
+    table = _table(path, data)
     metadata = dict(table.schema.metadata or {})
     known = _removed(metadata, removal)
     if known is not None:
@@ -124,12 +129,14 @@ def take_out_of_table(path: str, removal: Removal) -> Done | None:
 def take_out_of_keys(path: str, removal: Removal) -> Done | None:
     """Hashes of listed URLs (`pipelines/download/url_keys.py`): those of the images go."""
     data = storage.read_bytes(path)
-    file = pq.ParquetFile(pa.BufferReader(data))
+    with parquet.named(path):
+        file = parquet.open_bytes(data)
     metadata = dict(file.schema_arrow.metadata or {})
     known = _removed(metadata, removal)
     if known is not None:
         return Done(path, file.metadata.num_rows, len(data), "", {}, known)
-    table = file.read()
+    with parquet.named(path):
+        table = file.read()
     gone = is_hidden(table["id"].to_numpy(), removal.ids)
     if not gone.any():
         return None
@@ -139,8 +146,9 @@ def take_out_of_keys(path: str, removal: Removal) -> Done | None:
 
 def take_out_of_piece(path: str, removal: Removal) -> Done | None:
     """A registered list (`pipelines/pieces.py`): its rows stay, for they are counted by; what they say goes."""
-    file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(path)))
-    groups = [file.read_row_group(group) for group in range(file.num_row_groups)]
+    with parquet.named(path):
+        file = parquet.open_bytes(storage.read_bytes(path))
+        groups = [file.read_row_group(group) for group in range(file.num_row_groups)]
     masks = [is_hidden(group["image_id"].to_numpy(), removal.ids) for group in groups]
     metadata = dict(file.schema_arrow.metadata or {})
     known = _removed(metadata, removal)

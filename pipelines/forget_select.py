@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from curation import blocklist, storage
+from curation import blocklist, parquet, storage
 from curation.blocklist import BYTES, DOMAIN, KINDS, PIXELS, REASON, URL, keyed
 from curation.hidden import is_hidden
 from curation.schemas import SOURCE_SHIFT
@@ -110,8 +109,8 @@ def each(function: Callable[..., Any], paths: Sequence[Any], shared: tuple[Any, 
 
 def read(path: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Those of the columns that a Parquet file has."""
-    file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(path)))
-    return file.read(None if columns is None else [name for name in columns if name in file.schema_arrow.names])
+    with parquet.open_file(path) as file, parquet.named(path):
+        return file.read(None if columns is None else [name for name in columns if name in file.schema_arrow.names])
 
 
 # ---- by the lists ---------------------------------------------------------------------------------------------------

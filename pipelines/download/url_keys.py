@@ -12,9 +12,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet, storage
 
 KEY = np.dtype([("high", "<u8"), ("low", "<u8"), ("id", "<u8")])
 ROWS_PER_BUCKET = 1 << 22
@@ -133,7 +132,7 @@ def read_keys(folder: str, bucket: int, buckets: int) -> np.ndarray:
         # Both counts are powers of two: the ranges nest.
         if number * buckets >= (bucket + 1) * total or (number + 1) * buckets <= bucket * total:
             continue
-        table = pq.read_table(pa.BufferReader(storage.read_bytes(path)))
+        table = parquet.read_table(path)
         keys = np.empty(table.num_rows, KEY)
         for name in ("high", "low", "id"):
             keys[name] = table[name].to_numpy()

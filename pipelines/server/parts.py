@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from curation import parquet
 from curation.audit.scans import id_range
 from curation.errors import UserError
-from curation.vectors import open_parquet
 from pipelines.description import current_parts, stage_names
 from pipelines.run_directory import RunDirectory
 
@@ -68,7 +67,7 @@ def levels_of(parts: RunParts) -> int:
     """Levels of the hierarchy of clusters, 0 without one."""
     if not parts.clusters:
         return 0
-    names = pq.ParquetFile(open_parquet(parts.clusters[0])).schema_arrow.names
+    names = parquet.open_file(parts.clusters[0]).schema_arrow.names
     return sum(re.fullmatch(r"cluster_\d+", name) is not None for name in names)
 
 
@@ -113,9 +112,9 @@ def _blocks(group: Sequence[str]) -> Iterator[pa.Table]:
 
 
 def _read(path: str) -> Iterator[pa.Table]:
-    file = pq.ParquetFile(open_parquet(path))
-    for batch in file.iter_batches(BLOCK_ROWS, use_threads=False):
-        yield prepared(pa.Table.from_batches([batch]))
+    with parquet.open_file(path) as file, parquet.named(path):
+        for batch in file.iter_batches(BLOCK_ROWS, use_threads=False):
+            yield prepared(pa.Table.from_batches([batch]))
 
 
 def prepared(table: pa.Table) -> pa.Table:
@@ -161,12 +160,12 @@ class Beside:
     def __init__(self, paths: Sequence[str]) -> None:
         ranges: list[tuple[int, int, str]] = []
         for path in paths:
-            file = pq.ParquetFile(open_parquet(path))
+            file = parquet.open_file(path)
             if file.metadata.num_rows:
                 low, high = id_range(file)
                 ranges.append((low or 0, (1 << 64) - 1 if high is None else high, path))
         self.ranges = sorted(ranges)
-        self.schema = pq.ParquetFile(open_parquet(paths[0])).schema_arrow if paths else None
+        self.schema = parquet.open_file(paths[0]).schema_arrow if paths else None
         self._read: OrderedDict[str, pa.Table] = OrderedDict()
 
     def joined(self, table: pa.Table, ids: np.ndarray) -> pa.Table:
@@ -193,7 +192,7 @@ class Beside:
 
     def _part(self, path: str) -> pa.Table:
         if path not in self._read:
-            self._read[path] = pq.ParquetFile(open_parquet(path)).read(use_threads=False).replace_schema_metadata(None)
+            self._read[path] = parquet.read_table(path).replace_schema_metadata(None)
             while len(self._read) > self.KEPT:
                 self._read.popitem(last=False)
         return self._read[path]
@@ -202,4 +201,5 @@ class Beside:
 def stream(paths: Sequence[str], columns: Sequence[str]) -> Iterator[Any]:
     """Record batches of some columns of parts."""
     for path in paths:
-        yield from pq.ParquetFile(open_parquet(path)).iter_batches(BLOCK_ROWS, columns=list(columns), use_threads=False)
+        with parquet.open_file(path) as file, parquet.named(path):
+            yield from file.iter_batches(BLOCK_ROWS, columns=list(columns), use_threads=False)

@@ -13,6 +13,7 @@ import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from curation import hidden, mixing
+from curation.blocklist import REASON
 from curation.errors import UserError
 from curation.schemas import SOURCE_SHIFT
 from pipelines.context import Context, Outcome, StageConfig
@@ -240,14 +241,14 @@ def _brought(plan: Plan, bounds: tuple[int, int]) -> tuple[np.ndarray, np.ndarra
 
 
 def _rejected(plan: Plan, bounds: tuple[int, int]) -> np.ndarray:
-    """Seed images of the range that dedup does not keep; those of exempt sets never."""
+    """Seed images of the range that dedup does not keep; those of exempt sets only as copies of forgotten images."""
     found = [np.empty(0, np.uint64)]
     for one in plan.dedup:
         if one.high < bounds[0] or one.low >= bounds[1]:
             continue
-        ids, kept = read_columns(one.path, ["image_id", "kept"])
+        ids, kept, reason = read_columns(one.path, ["image_id", "kept", "reason"])
         exempt = np.isin(ids >> np.uint64(SOURCE_SHIFT), np.array(sorted(plan.exempt), np.uint64))
-        found.append(ids[~kept.astype(bool) & ~exempt])
+        found.append(ids[~kept.astype(bool) & (~exempt | (reason == REASON))])
     return np.concatenate(found)
 
 

@@ -92,14 +92,14 @@ def add_filter(context: Context, dropped: Iterable[int] = ()) -> None:
     finish(context.run, "filter", parts)
 
 
-def add_dedup(context: Context, rejected: Iterable[int] = ()) -> None:
+def add_dedup(context: Context, rejected: Iterable[int] = (), reason: str = "self") -> None:
     """The table of `dedup`: all kept but for `rejected`."""
     gone, parts = set(rejected), {}
     for source in (WEB, MORE, BIRDS, CARS):
         ids = ids_of(source).tolist()
         columns: dict[str, Any] = {name: [None] * len(ids) for name in DUPLICATES.names}
         columns |= {"image_id": ids, "component_id": ids, "kept": [i not in gone for i in ids]}
-        columns["reason"] = ["self" if i in gone else "kept" for i in ids]
+        columns["reason"] = [reason if i in gone else "kept" for i in ids]
         parts[f"part-{source:03d}-000000"] = pa.table(columns, schema=DUPLICATES)
     finish(context.run, "dedup", parts)
 

@@ -459,6 +459,17 @@ def test_the_same_list_again_does_nothing_and_a_longer_one_the_rest(run: RunDire
     assert Blocked(blocklist.load(run.root)).urls(["http://another.example/#x", url(1)]).all()
 
 
+def test_a_damaged_part_is_named_and_gets_no_new_checksum(run: RunDirectory, tmp_path: Path) -> None:
+    part = Path(run.stage("filter").part_paths()[0])
+    column = pq.ParquetFile(part).metadata.row_group(0).column(IMAGES.names.index("width"))
+    data = bytearray(part.read_bytes())
+    data[column.data_page_offset + column.total_compressed_size - 5] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(UserError, match=f"{part.name}.*bytes have changed"):
+        forget.forget(run.root, {"urls": listed(tmp_path, url(1), url(2))})
+    assert part.read_bytes() == data
+
+
 def test_hidden_at_once_and_before_anything_is_rewritten(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(forget, "_finish", lambda *_: (_ for _ in ()).throw(Killed))

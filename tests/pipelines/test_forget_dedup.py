@@ -25,9 +25,9 @@ def url(i: int) -> str:
     return f"http://example.org/{i}.jpg"
 
 
-def grow(images: Images, number: int, x: np.ndarray, role: str = "pool") -> list[int]:
+def grow(images: Images, number: int, x: np.ndarray, role: str = "pool", exempt: bool = False) -> list[int]:
     """A source of these vectors, with URLs and bytes of their own; its ids."""
-    images.source(f"{role}:web{number}", len(x))
+    images.source(f"{role}:web{number}", len(x), exempt)
     ids = [image_id(number, row) for row in range(len(x))]
     rows = [
         {"image_id": i, "source": f"{role}:web{number}", "vector": v, "url": url(i), "sha256": i.to_bytes(32, "big")}
@@ -113,7 +113,11 @@ def test_a_later_near_copy_is_kept_out_and_an_earlier_one_is_not(tmp_path: Path)
         assert rows[stranger]["kept"]
     assert outcome.summary["forgotten"] == 2
     # Kept out once, it is nobody's representative or neighbour later either.
-    (again,) = grow(images, 3, near(copies[0], 0.9, random)[None])
+    copy, stranger = grow(images, 3, copies, role="seed", exempt=True)
+    images.dedup(threshold=0.7)
+    rows = images.rows()
+    assert rows[copy]["reason"] == "forgotten" and stranger not in rows, "exempt from all else"
+    (again,) = grow(images, 4, near(copies[0], 0.9, random)[None])
     images.dedup(threshold=0.7)
     assert images.rows()[again]["nearest_id"] != pool[0]
     dedup.execute(Reversed(run=images.run, rebuild=True), DedupConfig(threshold=0.7))

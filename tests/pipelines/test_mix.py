@@ -38,11 +38,11 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_cluster, "start", lambda *_: None)
 
 
-def selected(folder: Path) -> Context:
+def selected(folder: Path, reason: str = "self") -> Context:
     """Filtered (one bird dropped), deduplicated (one bird and one of the exempt cars rejected), selected."""
     context = make_run(folder)
     add_filter(context, [int(BIRDS_DROPPED)])
-    add_dedup(context, [int(BIRDS_REJECTED), int(CARS_REJECTED)])
+    add_dedup(context, [int(BIRDS_REJECTED), int(CARS_REJECTED)], reason)
     cluster.execute(context, ClusterConfig(levels=[25, 6]))  # type: ignore[call-arg]
     retrieve.execute(context, RetrieveConfig(mode="sample"))  # type: ignore[call-arg]
     balance.execute(context, BalanceConfig(target=100))  # type: ignore[call-arg]
@@ -78,6 +78,14 @@ def test_every_image_is_one_row_with_its_sources_and_nominal_count(tmp_path: Pat
     assert outcome.summary["sources"]["seed:cars"]["images"] == 9
     assert outcome.summary["as_is_without_checks"] == ["cars"]
     assert mix.execute(context, MixConfig()).skipped
+
+
+def test_a_copy_of_a_forgotten_image_stays_out_of_an_exempt_seed_set(tmp_path: Path) -> None:
+    context = selected(tmp_path, reason="forgotten")
+    mix.execute(context, MixConfig())
+    expected = naive(context)
+    assert expected.pop(int(CARS_REJECTED)) == {"seed:cars": 1}
+    assert tables(context, "mix")["image_id"].to_pylist() == sorted(expected)
 
 
 def test_nominal_weights_are_the_times_an_image_was_brought(tmp_path: Path) -> None:

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet, storage
 from curation.errors import UserError
 from curation.schemas import MANIFEST
 from embeddings.decoding import sniff
@@ -110,7 +109,7 @@ def _finished(out: str, number: int, fingerprint: str) -> dict[str, int] | None:
     if not storage.exists(path):
         return None
     try:
-        file = pq.ParquetFile(pa.BufferReader(storage.read_bytes(path)))
+        file = parquet.open_bytes(storage.read_bytes(path))
         metadata = file.schema_arrow.metadata or {}
         found = metadata.get(FINGERPRINT, b"").decode()
         length = int(pc.sum(file.read(["length"])["length"]).as_py() or 0)
