@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -250,6 +251,50 @@ def test_of_many_who_reach_for_a_dead_lock_one_gets_it(root: str, monkeypatch: p
     monkeypatch.setattr(lock, "STALE_S", 180.0)
     with pytest.raises(UserError, match="is being worked on"):
         lock._lock_object(f"{root}/.lock")
+
+
+REACHING = """
+import sys, time
+from curation.errors import UserError
+from pipelines import lock
+
+lock._is_dead("s3://bucket/none/.lock", {"pid": 0, "host": ""})  # the client is ready
+print("ready", flush=True)
+first = float(sys.stdin.readline())
+for number, root in enumerate(sys.argv[1:]):
+    time.sleep(max(0, first + 0.5 * number - time.time()))
+    try:
+        lock.acquire(root)
+        print("held", flush=True)
+    except UserError as error:
+        print("refused" if "is being worked on by process" in str(error) else error, flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_of_two_processes_that_reach_for_a_run_at_the_same_moment_exactly_one_gets_it(root: str, failing: S3) -> None:
+    """Runs that nobody holds, and those that a driver left which died, in turns; answers come in any order."""
+    rounds, mine = [f"{root}/{number}" for number in range(10)], lock._life()
+    assert mine is not None
+    for one in rounds[::2]:
+        held_elsewhere(one, host=socket.gethostname(), pid=2**22 + 1, life="0 " + mine.split(" ", 1)[1])
+    command = [sys.executable, "-c", REACHING, *rounds]
+    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    try:
+        for process in both:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        failing.faults(slow=0.4, seed=7)
+        begin = time.time() + 0.5
+        for process in both:
+            assert process.stdin is not None
+            process.stdin.write(f"{begin}\n")
+            process.stdin.flush()
+        outcomes = [[process.stdout.readline().strip() for _ in rounds] for process in both if process.stdout]
+        assert [sorted(pair) for pair in zip(*outcomes, strict=True)] == [["held", "refused"]] * len(rounds), outcomes
+    finally:
+        for process in both:
+            process.kill()
+            process.wait()
 
 
 def test_who_was_taken_over_is_told_before_it_finishes_anything(root: str, monkeypatch: pytest.MonkeyPatch) -> None:
