@@ -6,6 +6,7 @@ What is sampled is sampled in hash order (`curation/order.py`): the same rows wh
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,20 +33,33 @@ TEXT_CHARACTERS = 400
 """Longer strings of tables (URLs, captions) are cut when read: a page needs no more."""
 RETRY = re.compile(r"-r(\d+)\.parquet$")
 
-SOURCE_NUMBER = pc.shift_right(pc.field("image_id"), pa.scalar(SOURCE_SHIFT, pa.uint64()))
-REASON = pc.replace_substring_regex(
-    pc.utf8_slice_codeunits(pc.coalesce(pc.field("error"), pa.scalar("")), 0, 200),
-    pattern=r"(?s)\s*:.*$",
-    replacement="",
-)
-"""The class of an `error`: what stands before the first colon."""
-HOST = pc.utf8_lower(
-    pc.replace_substring_regex(
-        pc.utf8_slice_codeunits(pc.coalesce(pc.field("url"), pa.scalar("")), 0, TEXT_CHARACTERS),
-        pattern=r"(?s)^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?([^/?#]*).*$",
-        replacement=r"\1",
+
+# Functions, since a scalar of pyarrow imports pandas, half a second of every command.
+@cache
+def source_number() -> pc.Expression:
+    return pc.shift_right(pc.field("image_id"), pa.scalar(SOURCE_SHIFT, pa.uint64()))
+
+
+@cache
+def reason_class() -> pc.Expression:
+    """The class of an `error`: what stands before the first colon."""
+    return pc.replace_substring_regex(
+        pc.utf8_slice_codeunits(pc.coalesce(pc.field("error"), pa.scalar("")), 0, 200),
+        pattern=r"(?s)\s*:.*$",
+        replacement="",
     )
-)
+
+
+@cache
+def host() -> pc.Expression:
+    """The host of `url` in lower case, with its port."""
+    return pc.utf8_lower(
+        pc.replace_substring_regex(
+            pc.utf8_slice_codeunits(pc.coalesce(pc.field("url"), pa.scalar("")), 0, TEXT_CHARACTERS),
+            pattern=r"(?s)^[A-Za-z][A-Za-z0-9+.-]*://(?:[^/@?#]*@)?([^/?#]*).*$",
+            replacement=r"\1",
+        )
+    )
 
 
 def open_parts(paths: Sequence[str]) -> "ds.Dataset":

@@ -13,10 +13,7 @@ import pyarrow.compute as pc
 
 from curation import parquet
 from curation.audit.scans import (
-    HOST,
     NOTHING,
-    REASON,
-    SOURCE_NUMBER,
     count_by,
     current_rows,
     cut_groups,
@@ -25,8 +22,11 @@ from curation.audit.scans import (
     first_rows,
     firsts_per_group,
     group_sizes,
+    host,
     id_range,
     merge_counts,
+    reason_class,
+    source_number,
     stream,
     top_counts,
     with_hash,
@@ -39,7 +39,7 @@ def status_counts(paths: Sequence[str]) -> pa.Table:
 
     A row that a retry fetched again counts once, as what the last attempt made of it.
     """
-    keys = {"source": pc.field("source"), "status": pc.field("status"), "reason": REASON}
+    keys = {"source": pc.field("source"), "status": pc.field("status"), "reason": reason_class()}
     tables = [count_by(group, keys, where) for group, where in current_rows(paths)]
     return merge_counts(tables, list(keys)) if tables else count_by([], keys)
 
@@ -54,17 +54,17 @@ def host_failures(paths: Sequence[str], limit: int) -> tuple[pa.Table, int]:
 
     The second value: by how much a count may be too low (0 but with more than a million combinations).
     """
-    keys = {"host": HOST, "status": pc.field("status"), "reason": REASON}
+    keys = {"host": host(), "status": pc.field("status"), "reason": reason_class()}
     return top_counts(_lost(paths), keys, limit)
 
 
 def failing_hosts(paths: Sequence[str], limit: int) -> pa.Table:
     """`host`, `images` (lost there), `rows` (listed there): the hosts that lost most."""
-    worst, _ = top_counts(_lost(paths), {"host": HOST}, limit)
+    worst, _ = top_counts(_lost(paths), {"host": host()}, limit)
     if not worst.num_rows:
         return worst.append_column("rows", pa.array([], pa.int64()))
-    mine = HOST.isin(worst["host"].combine_chunks())
-    every = [count_by(g, {"host": HOST}, mine if w is None else mine & w) for g, w in current_rows(paths)]
+    mine = host().isin(worst["host"].combine_chunks())
+    every = [count_by(g, {"host": host()}, mine if w is None else mine & w) for g, w in current_rows(paths)]
     rows = {r["host"]: r["images"] for r in merge_counts(every, ["host"]).to_pylist()}
     return worst.append_column("rows", pa.array([rows.get(h, 0) for h in worst["host"].to_pylist()], pa.int64()))
 
@@ -75,7 +75,7 @@ def _lost(paths: Sequence[str]) -> list[tuple[list[str], Any]]:
 
 def duplicate_counts(paths: Sequence[str]) -> pa.Table:
     """`source_number`, `kept`, `reason`, `images` of tables of duplicates."""
-    keys = {"source_number": SOURCE_NUMBER, "kept": pc.field("kept"), "reason": pc.field("reason")}
+    keys = {"source_number": source_number(), "kept": pc.field("kept"), "reason": pc.field("reason")}
     return count_by(paths, keys)
 
 
@@ -86,7 +86,7 @@ def count_by_reason(paths: Sequence[str], where: Any) -> list[dict[str, Any]]:
 
 def source_counts(paths: Sequence[str]) -> pa.Table:
     """`source_number`, `images` of any table with `image_id`."""
-    return count_by(paths, {"source_number": SOURCE_NUMBER})
+    return count_by(paths, {"source_number": source_number()})
 
 
 def components(

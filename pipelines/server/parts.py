@@ -132,7 +132,7 @@ def prepared(table: pa.Table) -> pa.Table:
 
 
 def hosts(urls: Any) -> Any:
-    """The host of each URL in lower case, with its port; as `curation.audit.scans.HOST`, but null without a URL."""
+    """The host of each URL in lower case, with its port; as `curation.audit.scans.host`, but null without a URL."""
     return pc.utf8_lower(
         pc.replace_substring_regex(
             pc.utf8_slice_codeunits(urls, 0, 400),

@@ -110,7 +110,7 @@ def test_doctor_ends_with_1_when_something_needed_is_missing(monkeypatch: pytest
 
 
 def test_help_loads_no_heavy_library() -> None:
-    heavy = ["torch", "faiss", "ray", "sklearn", "open_clip", "onnxruntime", "timm", "PIL"]
+    heavy = ["torch", "faiss", "ray", "sklearn", "open_clip", "onnxruntime", "timm", "PIL", "pandas"]
     code = f"import sys, cli.main; print([name for name in {heavy} if name in sys.modules])"
     started = time.monotonic()
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()

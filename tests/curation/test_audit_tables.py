@@ -62,11 +62,11 @@ def test_the_most_frequent_keys_are_found_while_few_are_held(tmp_path: Path, mon
     rng.shuffle(hosts)
     path = write(tmp_path, "part", [image(i, url=f"http://{h}/x") for i, h in enumerate(hosts)], IMAGES)
     exact = Counter(hosts)
-    found, uncertain = scans.top_counts([([path], None)], {"host": scans.HOST}, 2)
+    found, uncertain = scans.top_counts([([path], None)], {"host": scans.host()}, 2)
     assert found.to_pylist() == [{"host": h, "images": n} for h, n in exact.most_common(2)] and uncertain == 0
     monkeypatch.setattr(scans, "COUNTED_GROUPS", 64)
     monkeypatch.setattr(scans, "BATCH_ROWS", 256)
-    found, uncertain = scans.top_counts([([path], None)], {"host": scans.HOST}, 2)
+    found, uncertain = scans.top_counts([([path], None)], {"host": scans.host()}, 2)
     assert uncertain > 0
     for row in found.to_pylist():
         assert exact[row["host"]] - uncertain <= row["images"] <= exact[row["host"]]

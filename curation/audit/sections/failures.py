@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from curation.audit import tables
 from curation.audit.run_tables import RunTables
-from curation.audit.scans import REASON, cut_text, first_rows, stream, with_hash
+from curation.audit.scans import cut_text, first_rows, reason_class, stream, with_hash
 from curation.audit.sections import SAMPLING, Section
 
 
@@ -49,7 +49,7 @@ def _lost(counted: pa.Table) -> dict[tuple[str, str], int]:
 
 def _examples(run: RunTables, rows: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Per reason some URLs, in hash order."""
-    columns = {"image_id": pc.field("image_id"), "reason": REASON, "url": cut_text("url")}
+    columns = {"image_id": pc.field("image_id"), "reason": reason_class(), "url": cut_text("url")}
     lost = tables.lost() & pc.is_valid(pc.field("url"))
     found = first_rows(
         (with_hash(t, 0, "report failures") for t in stream(run.images, columns, lost, run.hidden)),

@@ -7,7 +7,7 @@ import pyarrow.compute as pc
 
 from curation.audit import charts
 from curation.audit.run_tables import RunTables
-from curation.audit.scans import REASON, count_by, current_rows, first_rows, merge_counts, stream, with_hash
+from curation.audit.scans import count_by, current_rows, first_rows, merge_counts, reason_class, stream, with_hash
 from curation.audit.score_tables import SCORES, score_figures
 from curation.audit.sections import SAMPLING, Section
 
@@ -18,21 +18,21 @@ LIMITS = {
     "aspect_ratio": "aspect_ratio",
 }
 """Options of the filter by score."""
-DROPPED = pc.field("status") == "dropped"
 
 
 def section(run: RunTables) -> Section | None:
     """Histograms with the images around their thresholds, dropped images by reason, exact copies side by side."""
     if not run.images:
         return None
+    dropped = pc.field("status") == "dropped"
     every = [
-        count_by(group, {"reason": REASON}, DROPPED if where is None else DROPPED & where)
+        count_by(group, {"reason": reason_class()}, dropped if where is None else dropped & where)
         for group, where in current_rows(run.images)
     ]
     counted = merge_counts(every, ["reason"]).sort_by([("images", "descending"), ("reason", "ascending")])
     copies, alone = pc.is_valid(pc.field("duplicate_of")), ~pc.is_valid(pc.field("duplicate_of"))
-    samples = _hashed(run, {}, DROPPED & alone, SAMPLING.dropped_per_reason, "report dropped")
-    pairs = _hashed(run, {"of": pc.field("duplicate_of")}, DROPPED & copies, SAMPLING.exact_pairs, "report copies")
+    samples = _hashed(run, {}, dropped & alone, SAMPLING.dropped_per_reason, "report dropped")
+    pairs = _hashed(run, {"of": pc.field("duplicate_of")}, dropped & copies, SAMPLING.exact_pairs, "report copies")
     reasons = counted.slice(0, SAMPLING.reasons).to_pylist()
     for row in reasons:
         row["samples"] = [s["image_id"] for s in samples if s["reason"] == row["reason"]]
@@ -57,7 +57,7 @@ def limits(options: Mapping[str, Any]) -> dict[str, float | None]:
 def _hashed(
     run: RunTables, columns: Mapping[str, Any], where: Any, count: int, purpose: str
 ) -> Sequence[dict[str, Any]]:
-    columns = {"image_id": pc.field("image_id"), "reason": REASON, **columns}
+    columns = {"image_id": pc.field("image_id"), "reason": reason_class(), **columns}
     tables = (with_hash(t, 0, purpose) for t in stream(run.images, columns, where, run.hidden))
     return first_rows(tables, "reason", count, [("hash", "ascending")])
 
