@@ -24,16 +24,17 @@ def dying(torch: Any, document: dict[str, Any], median_seconds: Any) -> None:
 
 def hanging(torch: Any, document: dict[str, Any], median_seconds: Any) -> None:
     document["hanging"] = ["a figure"]
-    time.sleep(60)
+    time.sleep(600)
 
 
 def test_a_part_that_fails_dies_or_hangs_leaves_what_it_had() -> None:
     document: dict[str, Any] = {"ceilings": {"bytes_per_s": 3.0}, "failures": []}
-    began = time.monotonic()
-    carry_out("broken", broken, document, 40)
-    carry_out("dying", dying, document, 40)
-    carry_out("hanging", hanging, document, 7)
-    assert time.monotonic() - began < 45
+    carry_out("broken", broken, document, 60)
+    carry_out("dying", dying, document, 60)
+    # A process begins more slowly where much else runs: so long as it took the last one, and as much again.
+    limit_s = 2 * document["seconds_of_parts"]["dying"] + 2
+    carry_out("hanging", hanging, document, limit_s)
+    assert document["seconds_of_parts"]["hanging"] < limit_s + 10
     assert document["broken"] == [6.0]
     assert document["dying"] == document["hanging"] == ["a figure"]
     differs, failed, died, hung = document["failures"]
