@@ -82,10 +82,10 @@ MEASURED: dict[str, tuple[float, str]] = {
     "seeding": (0.0616, "ns per multiply-add"),
     "lloyd": (0.025, "ns per multiply-add without bounds"),
     "product": (0.025, "ns per multiply-add"),
-    "tune": (0.07, "ns per multiply-add"),
-    "warm": (107.0, "ns per value of a seed"),
-    "code": (14.4, "ns per value"),
-    "scan_code": (0.0431, "ns per piece of a code"),
+    "tune": (0.0419, "ns per multiply-add"),
+    "warm": (57.9, "ns per value of a seed"),
+    "code": (6.98, "ns per value"),
+    "scan_code": (0.0223, "ns per piece of a code"),
     "sort": (12.0, "ns per row and doubling"),
     "mix_row": (11.5, "ns per row and doubling"),
     "manifest_row": (1360.0, "ns per row"),
@@ -95,7 +95,7 @@ MEASURED: dict[str, tuple[float, str]] = {
     "share_easy": (0.0081, "of all rows"),
     "visits_easy": (4.8, "cells per row"),
     "queries_easy": (7750.0, "queries"),
-    "share_scanned": (0.0709, "of all rows"),
+    "share_scanned": (0.0664, "of all rows"),
 }
 """One thread of an AMD EPYC of 2021, vectors of 512 dimensions: what each is the rate of says `pipelines/costs.py`."""
 

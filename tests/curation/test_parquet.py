@@ -25,16 +25,18 @@ TEXTS = storage.table_bytes(
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.sampled_from([VECTORS, TEXTS]), place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
-def test_a_flipped_bit_is_found_or_changes_nothing(data: bytes, place: float, bit: int, tmp_path: Path) -> None:
+def test_a_flipped_bit_before_the_footer_is_found(data: bytes, place: float, bit: int, tmp_path: Path) -> None:
+    """Pages carry checksums. Parquet has none for its footer."""
     changed = bytearray(data)
-    changed[int(place * len(data))] ^= 1 << bit
+    footer = int.from_bytes(data[-8:-4], "little") + 8
+    changed[int(place * (len(data) - footer))] ^= 1 << bit
     path = tmp_path / "part.parquet"
     path.write_bytes(changed)
     try:
         found = parquet.read_table(str(path))
     except parquet.DamagedError:
         return
-    assert found.equals(pq.read_table(io.BytesIO(data)))  # in a name nobody reads, or the magic bytes at the front
+    assert found.equals(pq.read_table(io.BytesIO(data)))  # the magic bytes at the front
 
 
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
