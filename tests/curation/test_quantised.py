@@ -81,11 +81,12 @@ def test_the_highest_query_is_that_of_the_sums(shape: tuple[int, ...] | None, mo
     assert quantised.highest(codes, tables, offsets).tolist() == coded.argmax(axis=0).tolist()
 
 
-@pytest.mark.parametrize("dimension", [64, 192, 512])
+@pytest.mark.parametrize("dimension", [24, 64, 130, 512])
 def test_products_of_integers_are_exact_with_registers_and_without(dimension: int) -> None:
     random = np.random.default_rng(dimension)
-    left = random.integers(-2000, 2000, (3, dimension), dtype=np.int16)
-    right = random.integers(-127, 128, (4, dimension), dtype=np.int8)
+    more = ((0, 0), (0, shuffles.padded(dimension) - dimension))
+    left = np.pad(random.integers(-2000, 2000, (3, dimension), dtype=np.int16), more)
+    right = np.pad(random.integers(-127, 128, (4, dimension), dtype=np.int8), more)
     expected = left.astype(int) @ right.astype(int).T
     for shape in {None, shuffles.shape_of(64)}:
         found = [[shuffles.sum_of_products(shape, left, i, right, j) for j in range(4)] for i in range(3)]
