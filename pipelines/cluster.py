@@ -53,6 +53,7 @@ def start(address: str | None, workers: int | None) -> None:
     """Join the cluster at `address`, or start Ray in this process; nothing if it runs already."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of parts that nobody asks for once one has failed
     os.environ.setdefault("RAY_task_oom_retries", "3")  # Ray's own is for ever
     # Ray starts for ever where a worker that it starts ahead of any task dies while it registers.
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
@@ -281,39 +282,39 @@ def spread(
                 pending[remote.remote(*item[1], common)] = item
             if not pending:
                 return
-            for reference in _finished(list(pending)):
+            for reference in finished(list(pending)):
                 name, arguments = pending.pop(reference)
                 try:
-                    result = _result(reference, name)
-                except _MachineLostError as lost:
+                    answer = result(reference, name)
+                except LostError as lost:
                     losses[name] = losses.get(name, 0) + 1
                     if losses[name] > LOSSES:
-                        raise _gave_up(name, lost.kind) from lost
+                        raise gave_up(name, lost.kind) from lost
                     pending[remote.remote(*arguments, common)] = (name, arguments)
                     continue
-                yield name, result
+                yield name, answer
     finally:
         for reference in pending:
             ray.cancel(reference, force=False)
 
 
-def _finished(references: list[Any]) -> list[Any]:
+def finished(references: list[Any]) -> list[Any]:
     """Those that are done: waits for one, LOOK_AGAIN_S at most, then takes what else there is."""
     import ray
 
-    done, waiting = ray.wait(references, num_returns=1, timeout=LOOK_AGAIN_S)
+    done, waiting = ray.wait(references, num_returns=1, timeout=LOOK_AGAIN_S, fetch_local=False)
     if done and waiting:
-        more, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        more, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
         done = [*done, *more]
     return list(done)
 
 
-class _MachineLostError(Exception):
-    """The machine that ran a task, or held its result, is gone."""
+class LostError(Exception):
+    """The machine that ran a task, or held its result, is gone; or the actor. worker: the actor is."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, worker: bool = False) -> None:
         super().__init__(kind)
-        self.kind = kind
+        self.kind, self.worker = kind, worker
 
 
 def _on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -324,30 +325,42 @@ def _on_gpu(function: Callable[..., Any]) -> Callable[..., Any]:
     return on_gpu
 
 
-def _result(reference: Any, name: str) -> Any:
+def result(reference: Any, name: str) -> Any:
+    """What a task or an actor made of `name`.
+
+    Raises LostError where it may be tried again elsewhere, UserError for what a user can mend, else its own error.
+    """
     import ray
 
     try:
         return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
+    except ray.exceptions.RayActorError as error:
+        raise LostError(_kind(error), worker=True) from error
+    except (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError) as error:
+        raise LostError(_kind(error)) from error
+    except ray.exceptions.OutOfMemoryError as error:
+        raise UserError(
+            f"{name}: out of memory (Ray ended its worker, the machine had none left); "
+            f"lower memory_per_worker or use fewer workers, then {GO_ON}",
+            exit_code=1,
+        ) from error
+    except ray.exceptions.WorkerCrashedError as error:
+        raise gave_up(name, _kind(error)) from error
+    except ray.exceptions.RayTaskError as error:  # behind the others: a lost argument is one of both
         cause = getattr(error, "cause", None)
         told = mendable(cause, name) if isinstance(cause, Exception) else None
         if told is not None:
             raise told from None
         raise
-    except (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError) as error:
-        raise _MachineLostError(type(error).__name__) from error
-    except ray.exceptions.OutOfMemoryError as error:
-        raise UserError(
-            f"{name}: out of memory (Ray ended its worker every time it was tried, the machine had none left); "
-            f"lower memory_per_worker or use fewer workers, then {GO_ON}",
-            exit_code=1,
-        ) from error
-    except ray.exceptions.WorkerCrashedError as error:
-        raise _gave_up(name, type(error).__name__) from error
 
 
-def _gave_up(name: str, kind: str) -> UserError:
+def _kind(error: BaseException) -> str:
+    """Ray's name of an error; that of its cause where a task or an actor could not get at its argument."""
+    return type(getattr(error, "cause", None) or error).__name__
+
+
+def gave_up(name: str, kind: str) -> UserError:
+    """Said of what died too often."""
     return UserError(
         f"{name}: its worker died every time it was tried ({kind}); lower memory_per_worker or look at "
         "Ray's logs, then run the same command again: finished parts are kept",

@@ -1,24 +1,18 @@
-"""One pass over images on Ray Data: decoded on CPU workers, through models on actors, a part at a time.
+"""One pass over images in Ray: decoded by tasks on any CPU, through models on actors, a part at a time.
 
-A row of the data set is a part (about a thousand images). `decode(task, shared)` turns its task into small arrays
-on any CPU; an actor turns those into the part on disk and hands back its record alone. Queues are bounded: at
-most a few decoded parts wait. Batches never cross a part and models compute on one CPU thread, so the bytes
-are the same with any number of workers.
+`decode(task, shared)` turns a part's task (about a thousand images) into small arrays; an actor turns those into the
+part on disk and hands back its record alone. What is decoded lies in Ray's object store, read in place, and waits
+there in bounded numbers. Batches never cross a part and models compute on one CPU thread, so the bytes are the same
+with any number of workers. (Ray Data would do this too: it starts three more processes and imports pandas in each.)
 """
 
-import itertools
-import json
-import logging
-import pickle
-import warnings
+import contextlib
+import time
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-
-from curation.errors import UserError, mendable
 from pipelines import cluster
 from pipelines.cluster import Demand
 from pipelines.context import Context
@@ -28,14 +22,12 @@ from pipelines.run_directory import Generation, PartRecord
 Decoded = Mapping[str, Any]
 """What a decode worker hands to an actor: numpy arrays, bytes, anything picklable."""
 
-PARTS_AT_ONCE = 4096
-"""Parts of one Ray data set: millions of blocks in one would burden the driver."""
 RETRIES = 3
-REFUSED = "refused"
-DECODE_CPUS, ACTOR_CPUS = 0.5, 0.4
+CPUS = 0.5
 """Of a decode task, and of an actor, where there is no GPU: as many of each as there are cores, so that whoever has
-work uses them. They differ because Ray Data would otherwise fuse the two steps into one that never overlaps."""
-IN_FLIGHT_PER_ACTOR = 2
+work uses them."""
+QUEUED_PER_ACTOR = 2
+"""Parts handed to one actor: the one it works on and the next."""
 
 
 def image_pass(
@@ -76,7 +68,7 @@ def image_pass(
         workers = Workers.of(context, num_gpus)
         for demand in (workers.decode, workers.actor):
             context.ask(demand, workers.both)
-        for name, made in _persistently(missing, decode, shared, model, model_arguments, workers):
+        for name, made in _Pass(missing, decode, shared, model, model_arguments, workers).run():
             records[name] = made
             for one, record in zip(several, made, strict=True):
                 context.keep(one, record)
@@ -110,8 +102,7 @@ class Workers:
         if num_gpus:
             workers = Demand(cpus or 1, 0, **more), Demand(0, asks.gpus or num_gpus, **more)
         else:
-            actor_cpus = ACTOR_CPUS if cpus is None else cpus * ACTOR_CPUS / DECODE_CPUS
-            workers = Demand(cpus or DECODE_CPUS, 0, **more), Demand(actor_cpus, 0, **more)
+            workers = Demand(cpus or CPUS, 0, **more), Demand(cpus or CPUS, 0, **more)
         return Workers(*workers, context.resources.ray_address is not None)
 
     @property
@@ -121,11 +112,14 @@ class Workers:
         memory = (one.memory_bytes or 0) + (other.memory_bytes or 0)
         return Demand(one.num_cpus + other.num_cpus, other.num_gpus, memory, {k: 2 * v for k, v in one.custom.items()})
 
-    def pool(self, parts: int) -> dict[str, int]:
-        """Sizes of the pool of actors."""
+    def wanted(self, parts: int) -> int:
+        """Actors for so many parts. One more than fit where the cluster may grow: an autoscaler sees it wait."""
         cores = min(cluster.cpus(), max(1, cluster.slots(self.both)))
-        count = actors(parts, self.actor.num_gpus, cores, cluster.gpus())
-        return {"min_size": 1, "initial_size": count, "max_size": parts} if self.grows else {"size": count}
+        return min(parts, actors(parts, self.actor.num_gpus, cores, cluster.gpus()) + self.grows)
+
+    def decoders(self) -> int:
+        """Decode tasks handed in at once; twice what fits where the cluster may grow."""
+        return max(1, min(cluster.cpus(), cluster.slots(self.decode))) * (1 + self.grows)
 
 
 def actors(parts: int, num_gpus: float, cpus: int, gpus: float) -> int:
@@ -134,102 +128,133 @@ def actors(parts: int, num_gpus: float, cpus: int, gpus: float) -> int:
     return max(1, min(most, parts))
 
 
-def _persistently(tasks: Sequence[tuple[str, Any]], *arguments: Any) -> Iterator[tuple[str, list[PartRecord]]]:
-    """`_run`, started again for what is left when an actor died; given up after RETRIES deaths without a new part."""
-    left = dict(tasks)
-    deaths = 0
-    while left:
+class _Pass:
+    """The tasks and actors of one pass, and where each part is between them."""
+
+    def __init__(
+        self,
+        tasks: Sequence[tuple[str, Any]],
+        decode: Callable[[Any, Any], Decoded],
+        shared: Any,
+        model: type,
+        model_arguments: Mapping[str, Any],
+        workers: Workers,
+    ) -> None:
+        import ray
+
+        self._workers = workers
+        self._left = len(tasks)
+        self._tasks = deque(tasks)
+        self._decode = ray.remote(max_retries=RETRIES, **_asked(workers.decode))(_decoded)
+        self._actor = ray.remote(max_restarts=0, max_task_retries=0, **_asked(workers.actor))(_Actor)
+        self._what = (decode, [ray.put(shared)])  # in a list, or Ray would read it again for each task
+        self._model = ray.put((model, dict(model_arguments)))
+        self._decoding: dict[Any, tuple[str, Any]] = {}
+        self._waiting: deque[tuple[Any, tuple[str, Any]]] = deque()
+        self._starting: dict[Any, Any] = {}
+        self._queues: dict[Any, dict[Any, tuple[str, Any]]] = {}
+        """By actor that has started: what it was handed, by the reference of its answer, in order."""
+        self._deaths: Counter[str] = Counter()
+        self._stillborn = 0
+        self._looked = float("-inf")
+        self._wanted = self._decoders = 1
+
+    def run(self) -> Iterator[tuple[str, list[PartRecord]]]:
+        """(part, its records) as they end. Raises UserError for what a user can mend, and after too many deaths."""
         try:
-            for name, made in _run(list(itertools.islice(left.items(), PARTS_AT_ONCE)), *arguments):
-                del left[name]
-                deaths = 0
-                yield name, made
-        except _WorkerDiedError as death:
-            deaths += 1 if death.may_pass else RETRIES + 1
-            if deaths > RETRIES:
-                raise _give_up(death, left) from death
+            while self._left:
+                self._look()
+                self._hand_out()
+                answers = {answer: actor for actor, queue in self._queues.items() for answer in queue}
+                for reference in cluster.finished([*self._starting, *self._decoding, *answers]):
+                    if reference in self._starting:
+                        self._started(reference)
+                    elif reference in self._decoding:
+                        self._waiting.append((reference, self._decoding.pop(reference)))
+                    elif (queue := self._queues.get(answers[reference])) and reference in queue:
+                        made = self._answered(answers[reference], reference)
+                        if made is not None:
+                            self._left -= 1
+                            yield made
+        finally:
+            self._end()
 
+    def _look(self) -> None:
+        """Start the actors that the cluster has room for now; looked at again all the time."""
+        if time.monotonic() - self._looked > cluster.LOOK_AGAIN_S:
+            self._wanted, self._decoders = self._workers.wanted(self._left), self._workers.decoders()
+            self._looked = time.monotonic()
+        while len(self._starting) + len(self._queues) < min(self._wanted, self._left):
+            actor = self._actor.remote(self._model)
+            self._starting[actor.ready.remote()] = actor
 
-def _give_up(death: BaseException, left: Mapping[str, Any]) -> UserError:
-    return UserError(
-        f"the workers of the image pass keep dying ({death}); the first part left is {next(iter(left))}: "
-        "use fewer workers or look at Ray's logs, then run the same command again (finished parts are kept)",
-        exit_code=1,
-    )
+    def _hand_out(self) -> None:
+        """Decoded parts to the actors with the shortest queues; then tasks, if little enough waits to be computed."""
+        while self._waiting and self._queues:
+            actor, queue = min(self._queues.items(), key=lambda item: len(item[1]))
+            if len(queue) >= QUEUED_PER_ACTOR:
+                break
+            decoded, task = self._waiting.popleft()
+            queue[actor.part.remote(task[0], decoded)] = task
+        most = self._decoders + QUEUED_PER_ACTOR * max(1, len(self._queues))
+        while self._tasks and len(self._decoding) < self._decoders and len(self._decoding) + len(self._waiting) < most:
+            name, task = self._tasks.popleft()
+            self._decoding[self._decode.remote(task, *self._what)] = (name, task)
 
+    def _started(self, reference: Any) -> None:
+        actor = self._starting.pop(reference)
+        try:
+            cluster.result(reference, "a model's worker")
+            self._queues[actor] = {}
+            self._stillborn = 0
+        except cluster.LostError as lost:
+            self._stillborn += 1
+            if self._stillborn > RETRIES * self._wanted:
+                raise cluster.gave_up("a model's worker", lost.kind) from lost
 
-class _WorkerDiedError(Exception):
-    """A process of the pass ended without an answer: an actor or a machine once, or a decode worker every time."""
+    def _answered(self, actor: Any, reference: Any) -> tuple[str, list[PartRecord]] | None:
+        """The part and its records; None where the actor, or what it was to read, is lost."""
+        name, task = self._queues[actor][reference]
+        try:
+            made = cluster.result(reference, name)
+        except cluster.LostError as lost:
+            if lost.worker:
+                import ray
 
-    def __init__(self, kind: str, may_pass: bool) -> None:
-        super().__init__(kind)
-        self.may_pass = may_pass
+                with contextlib.suppress(ray.exceptions.RayError):
+                    ray.kill(actor)
+                # An actor works in order: it died of the first part, if of any.
+                name, task = next(iter(self._queues[actor].values()))
+                self._tasks.extendleft(reversed(self._queues.pop(actor).values()))
+            else:
+                del self._queues[actor][reference]
+                self._tasks.appendleft((name, task))
+            self._deaths[name] += 1
+            if self._deaths[name] > RETRIES:
+                raise cluster.gave_up(name, lost.kind) from lost
+            return None
+        del self._queues[actor][reference]
+        return name, [made] if isinstance(made, PartRecord) else list(made)
 
+    def _end(self) -> None:
+        """Nothing of the pass goes on: models free their memory and GPUs."""
+        import ray
 
-def _run(
-    tasks: Sequence[tuple[str, Any]],
-    decode: Callable[[Any, Any], Decoded],
-    shared: Any,
-    model: type,
-    model_arguments: Mapping[str, Any],
-    workers: Workers,
-) -> Iterator[tuple[str, list[PartRecord]]]:
-    import ray
-    import ray.data
-
-    _configure(ray.data.DataContext.get_current())
-    rows = [{"name": name, "task": pickle.dumps(task)} for name, task in tasks]
-    dataset = _without_deprecations(
-        lambda: (
-            ray.data.from_items(rows, override_num_blocks=len(rows))
-            .map_batches(
-                _decode_part,
-                fn_kwargs={"decode": decode, "shared": ray.put(shared)},
-                batch_size=None,
-                batch_format="pyarrow",
-                concurrency=None if workers.grows else min(cluster.cpus(), len(tasks)),
-                max_retries=RETRIES,
-                **_asked(workers.decode),
-            )
-            .map_batches(
-                _Actor,
-                fn_constructor_args=(model, dict(model_arguments)),
-                batch_size=None,
-                batch_format="pyarrow",
-                zero_copy_batch=True,
-                compute=ray.data.ActorPoolStrategy(
-                    **workers.pool(len(tasks)), max_tasks_in_flight_per_actor=IN_FLIGHT_PER_ACTOR
-                ),
-                max_restarts=0,
-                max_task_retries=0,
-                **_asked(workers.actor),
-            )
-        )
-    )
-    try:
-        for batch in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for name, text in zip(batch["name"].to_pylist(), batch["answer"].to_pylist(), strict=True):
-                answer = json.loads(text)
-                if REFUSED in answer:
-                    raise UserError(*answer[REFUSED])
-                yield name, [PartRecord(**entry) for entry in answer["records"]]
-    except ray.exceptions.RayError as error:
-        raise _translated(error) from error
+        with contextlib.suppress(ray.exceptions.RayError):
+            for reference in self._decoding:
+                ray.cancel(reference, force=False)
+            for actor in [*self._starting.values(), *self._queues]:
+                ray.kill(actor)
 
 
 def _asked(demand: Demand) -> dict[str, Any]:
-    """A demand as Ray Data takes it."""
+    """A demand as Ray takes it."""
     asked = {"num_cpus": demand.num_cpus, "num_gpus": demand.num_gpus or None, "memory": demand.memory_bytes}
     return {k: v for k, v in asked.items() if v is not None} | ({"resources": demand.custom} if demand.custom else {})
 
 
-def _decode_part(batch: pa.Table, decode: Callable[[Any, Any], Decoded], shared: Any) -> pa.Table:
-    """One part: its task to its arrays, packed so that the actor reads them in place."""
-    (name,), (task,) = batch["name"].to_pylist(), batch["task"].to_pylist()
-    try:
-        return pack(name, decode(pickle.loads(task), _fetched(shared)))
-    except (UserError, MemoryError, OSError) as error:
-        return pack(name, {REFUSED: _refused(error, name)})
+def _decoded(task: Any, decode: Callable[[Any, Any], Decoded], shared: list[Any]) -> Decoded:
+    return decode(task, _fetched(shared[0]))
 
 
 _shared_values: dict[Any, Any] = {}
@@ -245,106 +270,20 @@ def _fetched(reference: Any) -> Any:
     return _shared_values[reference]
 
 
-def _refused(error: Exception, name: str) -> tuple[str, int]:
-    """What travels as an answer; raises the error if it is none that a user can mend."""
-    told = mendable(error, name)
-    if told is None:
-        raise error
-    return str(told), told.exit_code
-
-
 class _Actor:
-    """Holds the model; one call is one part. A UserError travels as an answer: Ray Data would bury its sentence."""
+    """Holds the model; one call is one part. What fails as it is made is raised by the calls: they tell what it was."""
 
-    def __init__(self, model: type, arguments: Mapping[str, Any]) -> None:
-        self._refusal: UserError | None = None
+    def __init__(self, model: tuple[type, Mapping[str, Any]]) -> None:
+        self._failure: Exception | None = None
         try:
-            self._model = model(**arguments)
-        except UserError as error:
-            self._refusal = error
+            self._model = model[0](**model[1])
+        except Exception as error:
+            self._failure = error
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        name, decoded = unpack(batch)
-        try:
-            answer = self._answer(name, decoded)
-        except (UserError, MemoryError, OSError) as error:
-            answer = {REFUSED: _refused(error, name)}
-        return pa.table({"name": [name], "answer": [json.dumps(answer)]})
+    def ready(self) -> None:
+        """Answers once the model is there."""
 
-    def _answer(self, name: str, decoded: dict[str, Any]) -> dict[str, Any]:
-        if REFUSED in decoded:
-            return {REFUSED: decoded[REFUSED]}
-        if self._refusal is not None:
-            raise self._refusal
-        made = self._model(name, decoded)
-        made = [made] if isinstance(made, PartRecord) else list(made)
-        return {"records": [asdict(record) for record in made]}
-
-
-def pack(name: str, decoded: Decoded) -> pa.Table:
-    """A table of one row whose arrays lie in one buffer (pickle protocol 5, out of band)."""
-    buffers: list[pickle.PickleBuffer] = []
-    head = pickle.dumps(dict(decoded), protocol=5, buffer_callback=buffers.append)
-    pieces = [buffer.raw() for buffer in buffers]
-    lengths = json.dumps([piece.nbytes for piece in pieces])
-    body = np.empty(sum(piece.nbytes for piece in pieces), np.uint8)
-    at = 0
-    for piece in pieces:
-        body[at : at + piece.nbytes] = np.frombuffer(piece, np.uint8)
-        at += piece.nbytes
-    offsets = pa.array([0, len(body)], pa.int64()).buffers()[1]
-    column = pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(body)])
-    return pa.table({"name": [name], "lengths": [lengths], "head": pa.array([head], pa.large_binary()), "body": column})
-
-
-def unpack(batch: pa.Table) -> tuple[str, dict[str, Any]]:
-    """The inverse of `pack`; arrays are read-only views into the table."""
-    body = memoryview(batch["body"].chunk(0)[0].as_buffer()).toreadonly()
-    buffers, at = [], 0
-    for length in json.loads(batch["lengths"][0].as_py()):
-        buffers.append(body[at : at + length])
-        at += length
-    return batch["name"][0].as_py(), pickle.loads(batch["head"][0].as_py(), buffers=buffers)
-
-
-def _configure(settings: Any) -> None:
-    settings.enable_progress_bars = False
-    settings.print_on_execution_start = False
-    settings.max_consecutive_actor_init_deaths = RETRIES
-    settings.execution_no_progress_timeout_s = -1
-    log = logging.getLogger("ray.data")
-    for handler in list(log.handlers):
-        if type(handler).__name__ == "PlainRayHandler":  # the terminal is the command line's; the file keeps all
-            log.removeHandler(handler)
-
-
-def _without_deprecations[T](make: Callable[[], T]) -> T:
-    """Ray 2.60 announces the end of max_retries and max_restarts in map_batches and offers nothing in their place."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return make()
-
-
-def _translated(error: BaseException) -> BaseException:
-    """_WorkerDiedError for a death; else the error, which is ours to mend."""
-    import ray
-
-    passing = (
-        ray.exceptions.ActorDiedError,
-        ray.exceptions.ActorUnavailableError,
-        ray.exceptions.NodeDiedError,
-        ray.exceptions.ObjectLostError,
-    )
-    deaths = (*passing, ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError)
-    chain: list[BaseException] = []
-    queue: list[BaseException | None] = [error]
-    while queue:
-        one = queue.pop(0)
-        if one is not None and one not in chain:
-            chain.append(one)
-            cause = getattr(one, "cause", None)
-            queue += [one.__cause__, one.__context__, cause if isinstance(cause, BaseException) else None]
-    for one in chain:
-        if isinstance(one, deaths):
-            return _WorkerDiedError(type(one).__name__, isinstance(one, passing))
-    return error
+    def part(self, name: str, decoded: Decoded) -> Any:
+        if self._failure is not None:
+            raise self._failure
+        return self._model(name, decoded)

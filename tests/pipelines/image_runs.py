@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import pickle
 import tarfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,6 @@ from PIL import Image
 
 from curation.schemas import IMAGES, image_id
 from pipelines.context import Context
-from pipelines.image_pass import pack, unpack
 from pipelines.run_directory import Generation, PartRecord, RunDirectory, Source
 
 
@@ -98,6 +98,14 @@ def shard(images: Sequence[bytes | None]) -> tuple[bytes, Mapping[int, int]]:
     return sink.getvalue(), offsets
 
 
+def as_from_ray(decoded: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Its copy, as Ray hands it on: arrays are read in place and cannot be written."""
+    buffers: list[pickle.PickleBuffer] = []
+    head = pickle.dumps(decoded, protocol=5, buffer_callback=buffers.append)
+    copied: Mapping[str, Any] = pickle.loads(head, buffers=[bytes(buffer.raw()) for buffer in buffers])
+    return copied
+
+
 def pass_in_this_process(
     context: Context,
     generation: Generation | Sequence[Generation],
@@ -109,13 +117,13 @@ def pass_in_this_process(
     shared: Any,
     **_: Any,
 ) -> None:
-    """What `image_pass` promises, one part after the other and without Ray; arrays are packed as on their way there."""
+    """What `image_pass` promises, one part after the other and without Ray; arrays cannot be written, as there."""
     several = [generation] if isinstance(generation, Generation) else list(generation)
     maker = model(**model_arguments)
     for name, task in tasks:
         found = [one.writer.find(name) for one in several]
         if None in found:
-            made = maker(*unpack(pack(name, decode(task, shared))))
+            made = maker(name, as_from_ray(decode(task, shared)))
             found = [made] if isinstance(made, PartRecord) else list(made)
         for one, record in zip(several, found, strict=True):
             one.parts.append(record)

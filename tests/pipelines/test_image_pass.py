@@ -1,6 +1,7 @@
 """The image pass: parts in order, made once, the same bytes whoever dies; errors as sentences."""
 
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from curation.errors import UserError
 from pipelines import image_pass as passes
 from pipelines.context import Context
 from pipelines.events import Events
-from pipelines.image_pass import actors, image_pass, pack, unpack
+from pipelines.image_pass import actors, image_pass
 from pipelines.run_directory import Generation, PartRecord, PartWriter, RunDirectory
 
 TASKS = [(f"part-000-{index:06d}", index + 1) for index in range(4)]
@@ -21,6 +22,8 @@ TASKS = [(f"part-000-{index:06d}", index + 1) for index in range(4)]
 
 def decode(task: Any, shared: Mapping[str, Any]) -> dict[str, Any]:
     """`task` rows of one value. Dies or refuses where `shared` says so."""
+    if task == shared.get("die_always"):
+        os._exit(9)
     flag = shared.get("die_once")
     if flag and task == 2 and not os.path.exists(flag):
         Path(flag).touch()
@@ -33,12 +36,18 @@ def decode(task: Any, shared: Mapping[str, Any]) -> dict[str, Any]:
 class Sum:
     """Writes the sum of each row."""
 
-    def __init__(self, writer: PartWriter, die_once: str = "", refuse: bool = False) -> None:
+    def __init__(
+        self, writer: PartWriter, die_once: str = "", refuse: bool = False, die_of: str = "", stillborn: bool = False
+    ) -> None:
         if refuse:
             raise UserError("the weights are gone; fetch them again", exit_code=1)
-        self._writer, self._die_once = writer, die_once
+        if stillborn:
+            os._exit(9)
+        self._writer, self._die_once, self._die_of = writer, die_once, die_of
 
     def __call__(self, name: str, decoded: Mapping[str, Any]) -> PartRecord:
+        if name == self._die_of:
+            os._exit(9)
         if self._die_once and name == TASKS[1][0] and not os.path.exists(self._die_once):
             Path(self._die_once).touch()
             os._exit(9)
@@ -86,14 +95,6 @@ def run(folder: Path, shared: Mapping[str, Any] | None = None, **arguments: Any)
         shared={"value": 3, **(shared or {})},
     )
     return generation
-
-
-def test_packed_arrays_are_read_in_place() -> None:
-    decoded = {"a": np.arange(12, dtype=np.uint8).reshape(3, 4), "b": np.ones((0, 5), np.float32), "c": [("x", 1)]}
-    name, back = unpack(pack("part-1", decoded))
-    assert name == "part-1" and back["c"] == [("x", 1)]
-    np.testing.assert_array_equal(back["a"], decoded["a"])
-    assert back["b"].shape == (0, 5) and not back["a"].flags.writeable and not back["a"].flags.owndata
 
 
 @pytest.mark.parametrize(
@@ -147,3 +148,64 @@ def test_a_user_error_of_a_worker_arrives_as_its_sentence(tmp_path: Path, ray_se
     assert caught.value.exit_code == 1
     with pytest.raises(UserError, match=r"^the weights are gone; fetch them again$"):
         run(tmp_path / "b", refuse=True)
+
+
+@pytest.mark.parametrize(
+    ("shared", "arguments", "first"),
+    [
+        ({"die_always": 3}, {}, TASKS[2][0]),
+        ({}, {"die_of": TASKS[1][0]}, TASKS[1][0]),
+        ({}, {"stillborn": True}, "a model's worker"),
+    ],
+)
+def test_what_always_dies_is_named_and_what_was_made_is_kept(
+    tmp_path: Path, ray_session: None, one_actor: None, shared: Any, arguments: Any, first: str
+) -> None:
+    with pytest.raises(UserError, match=rf"^{first}: its worker died every time it was tried") as caught:
+        run(tmp_path, shared, **arguments)
+    assert caught.value.exit_code == 1
+    _, again = opened(tmp_path)
+    assert (TASKS[0][0] in again.find([TASKS[0][0]])) == first.startswith("part")
+
+
+def test_any_other_error_of_a_model_stops_the_pass(tmp_path: Path, ray_session: None, one_actor: None) -> None:
+    with pytest.raises(TypeError, match="unknown"):
+        run(tmp_path, unknown=1)
+
+
+def test_what_is_decoded_waits_in_bounded_numbers(tmp_path: Path, ray_session: None, one_actor: None) -> None:
+    """No part is decoded while two are with the only actor and as many more as decode at once wait."""
+    began = tmp_path / "decoded"
+    began.mkdir()
+    context, generation = opened(tmp_path / "run")
+    tasks = [(f"part-000-{index:06d}", str(began / str(index))) for index in range(12)]
+    image_pass(
+        context,
+        generation,
+        tasks,
+        decode=touch,
+        model=Slow,
+        model_arguments={"writer": generation.writer, "folder": str(began), "out": str(tmp_path / "most")},
+    )
+    most = [int(line) for line in (tmp_path / "most").read_text().split()]
+    assert len(most) == 12 and max(most) <= 2 + 2 * passes.QUEUED_PER_ACTOR
+
+
+def touch(task: str, _: Any) -> dict[str, Any]:
+    Path(task).touch()
+    return {"values": np.zeros((50_000, 4), np.int64)}
+
+
+class Slow:
+    """Notes how many parts are decoded that it has not made."""
+
+    def __init__(self, writer: PartWriter, folder: str, out: str) -> None:
+        self._writer, self._folder, self._out, self._made = writer, folder, out, 0
+
+    def __call__(self, name: str, decoded: Mapping[str, Any]) -> PartRecord:
+        assert not decoded["values"].flags.writeable, "read in place"
+        time.sleep(0.15)
+        with open(self._out, "a") as file:
+            file.write(f"{len(os.listdir(self._folder)) - self._made}\n")
+        self._made += 1
+        return self._writer.write(name, pa.table({"sum": decoded["values"][0]}), files={}, counts={"rows": 1})

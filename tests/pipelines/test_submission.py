@@ -278,10 +278,10 @@ def test_tasks_of_a_stage_ask_for_what_its_entry_says_and_those_of_others_do_not
 def test_an_image_pass_asks_for_its_decoding_and_its_models(tmp_path: Path) -> None:
     context = surroundings(tmp_path, "auto")
     usual = Workers.of(context.for_stage("filter"), 0)
-    assert (usual.decode.amounts, usual.actor.amounts) == ({"CPU": 0.5}, {"CPU": 0.4})
+    assert (usual.decode.amounts, usual.actor.amounts) == ({"CPU": 0.5}, {"CPU": 0.5})
     more = {"memory": 6 << 30, "egress": 1}
     asked = Workers.of(context.for_stage("dedup"), 0)
-    assert asked.decode.amounts == {"CPU": 2, **more} and asked.actor.amounts == {"CPU": 1.6, **more}
+    assert asked.decode.amounts == {"CPU": 2, **more} and asked.actor.amounts == {"CPU": 2, **more}
     on_gpu = Workers.of(context.for_stage("dedup"), 1)
     assert on_gpu.decode.amounts == {"CPU": 2, **more} and on_gpu.actor.amounts == {"GPU": 0.5, **more}
     assert on_gpu.both.amounts == {"CPU": 2, "GPU": 0.5, "memory": 12 << 30, "egress": 2}
@@ -365,16 +365,16 @@ def test_more_is_handed_in_when_machines_join_and_less_when_they_leave(
 def test_a_task_whose_machines_are_lost_is_done_again_and_given_up_in_the_end(
     ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answer = cluster._result
+    answer = cluster.result
     lost: list[str] = []
 
     def result(reference: Any, name: str) -> Any:
         if name == "1" and len(lost) < most:
             lost.append(name)
-            raise cluster._MachineLostError("NodeDiedError")
+            raise cluster.LostError("NodeDiedError")
         return answer(reference, name)
 
-    monkeypatch.setattr(cluster, "_result", result)
+    monkeypatch.setattr(cluster, "result", result)
     most = cluster.LOSSES
     assert dict(cluster.spread(slow, [("0", (0,)), ("1", (1,))])) == {"0": 0, "1": 1} and len(lost) == most
     lost.clear()
@@ -394,7 +394,7 @@ def test_processes_with_models_end_with_their_pass(ray_session: None, tmp_path: 
     run(tmp_path)
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        living = [a for a in state.actors().values() if a["State"] == "ALIVE" and "MapWorker" in a["ActorClassName"]]
+        living = [a for a in state.actors().values() if a["State"] == "ALIVE" and a["ActorClassName"] == "_Actor"]
         if not living:
             return
         time.sleep(0.2)
