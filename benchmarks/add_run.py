@@ -15,9 +15,11 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -26,10 +28,15 @@ import yaml
 from benchmarks import machine
 from benchmarks.download_load import Watch
 
+START = "start"
 
-def measured(command: list[str]) -> dict[str, Any]:
-    """CPU seconds and wall seconds of a command and of everything it starts. Raises where it fails."""
-    began = time.monotonic()
+
+def measured(command: list[str], run: Path) -> dict[str, Any]:
+    """CPU seconds, also by stage of `run`, and wall seconds of a command and of everything it starts.
+
+    Raises where it fails.
+    """
+    began, clock = time.monotonic(), time.time()
     # As other programs run: Ray gives its workers niceness 15 otherwise.
     process = subprocess.Popen(
         command,
@@ -43,7 +50,34 @@ def measured(command: list[str]) -> dict[str, Any]:
     wall, found = time.monotonic() - began, watch.close()
     if process.returncode:
         raise SystemExit(f"{' '.join(command[:3])} failed:\n{said[-2000:]}")
-    return {"cpu_seconds": found["cpu_s"], "wall_seconds": round(wall, 1), "peak_mib": found["memory_mib"]["most"]}
+    lines = (json.loads(line) for line in (run / "events.jsonl").read_text().splitlines())
+    return {
+        "cpu_seconds": found["cpu_s"],
+        "wall_seconds": round(wall, 1),
+        "peak_mib": found["memory_mib"]["most"],
+        "cpu_by_stage": by_stage(watch.spent, [event for event in lines if event["time"] >= clock]),
+    }
+
+
+def by_stage(spent: Sequence[tuple[float, float]], events: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """CPU seconds of each stage, of the start before the first, and of what lies between stages.
+
+    spent: (time, CPU seconds until then), as sampled: interpolated at the moments of the events. A stage that begins
+    within another takes over until it ends.
+    """
+    times, sums = zip(*spent, strict=True)
+    found: dict[str, float] = {}
+    name, before, running = START, 0.0, list[str]()
+    for event in [*(e for e in events if e["event"] in ("stage_start", "stage_end")), None]:
+        until = float(np.interp(event["time"], times, sums)) if event else sums[-1]
+        found[name] = found.get(name, 0.0) + until - before
+        before = until
+        if event and event["event"] == "stage_start":
+            running.append(event["stage"])
+        elif event and event["stage"] in running:
+            running.remove(event["stage"])
+        name = running[-1] if running else "between and after"
+    return {name: round(cpu, 1) for name, cpu in found.items()}
 
 
 def is_new(url: str, share: float) -> bool:
@@ -87,8 +121,8 @@ def main() -> None:
         if server.stdout.readline().strip() != "ready":
             raise SystemExit("the web server did not start")
         found = {
-            "run": measured([curate, "run", str(config), "--json"]),
-            "add": measured([curate, "add", str(arguments.work / "run"), str(new), "--json"]),
+            "run": measured([curate, "run", str(config), "--json"], arguments.work / "run"),
+            "add": measured([curate, "add", str(arguments.work / "run"), str(new), "--json"], arguments.work / "run"),
         }
     finally:
         assert server.stdin is not None

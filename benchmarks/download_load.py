@@ -120,6 +120,8 @@ class Watch:
         self.root = psutil.Process(pid)
         self.cpu: dict[int, float] = {}
         self.series: list[tuple[float, int, int]] = []
+        self.spent: list[tuple[float, float]] = [(time.time(), 0.0)]
+        """(time of the clock, CPU seconds until then)."""
         self.began = time.monotonic()
         self.over = threading.Event()
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -137,6 +139,7 @@ class Watch:
                         everything += private
                         if "map_part" in (line := " ".join(process.cmdline())) or "_spread" in line or "ray::" in line:
                             workers += private
+            self.spent.append((time.time(), sum(self.cpu.values())))
             self.series.append((round(time.monotonic() - self.began, 1), workers, everything))
 
     def close(self) -> dict[str, Any]:
