@@ -1,17 +1,19 @@
-"""Parquet parts read with their checksums: each page carries a CRC-32, looked at whenever the page is read.
+"""Parquet parts read with their checksums: each page carries a CRC-32, looked at whenever the page is read, and so
+does the footer (`curation.footers`).
 
 So a byte that changed on a disk or on the way is found by whichever stage reads it, at the cost of one pass
 over bytes that are in memory anyway. On an object store only the ranges that are needed are fetched.
 """
 
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation import storage
+from curation import footers, storage
 from curation.errors import UserError
 
 
@@ -26,16 +28,36 @@ def open_file(path: str, **options: Any) -> pq.ParquetFile:
     """
     fs, inner = storage.filesystem(path)
     source: Any = inner
-    if not storage.is_local(path):
-        source = fs.open(inner, "rb", cache_type="none")
-        options.setdefault("pre_buffer", True)  # the ranges of columns side by side, not one after the other
     with named(path):
-        return pq.ParquetFile(source, page_checksum_verification=True, **options)
+        if storage.is_local(path):
+            with open(inner, "rb") as file:
+                footer = footers.checked(file)
+        else:
+            source = fs.open(inner, "rb", cache_type="none")
+            footer = footers.checked(source)
+            options.setdefault("pre_buffer", True)  # the ranges of columns side by side, not one after the other
+        return pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, **options)
 
 
 def open_bytes(data: bytes) -> pq.ParquetFile:
     """As `open_file`, of bytes that were read already; with Arrow's own errors, for `named` or a better sentence."""
-    return pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+    footer = footers.checked(io.BytesIO(data))
+    return pq.ParquetFile(pa.BufferReader(data), metadata=footer, page_checksum_verification=True)
+
+
+def schema(path: str) -> pa.Schema:
+    """The schema alone. Raises DamagedError, FileNotFoundError."""
+    with open_file(path) as file:
+        return file.schema_arrow
+
+
+def bytes_of(schema: pa.Schema, tables: Iterable[pa.Table]) -> bytes:
+    """The bytes of a Parquet file in which each table is one row group."""
+    sink = io.BytesIO()
+    with pq.ParquetWriter(sink, schema, compression="zstd", write_page_checksum=True) as writer:
+        for table in tables:
+            writer.write_table(table, row_group_size=max(1, table.num_rows))
+    return footers.sealed(sink.getvalue())
 
 
 def read_table(path: str, columns: Sequence[str] | None = None) -> pa.Table:

@@ -13,7 +13,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from curation import object_store
+from curation import footers, object_store
 from curation.errors import GO_ON, UserError, mendable
 
 REMOVED_AT_ONCE = 16
@@ -181,7 +181,7 @@ def table_bytes(table: pa.Table, metadata: dict[str, str] | None = None) -> byte
         row_group_size=1 << 16,
         write_page_checksum=True,
     )
-    return sink.getvalue()
+    return footers.sealed(sink.getvalue())
 
 
 def in_units(count: float) -> str:

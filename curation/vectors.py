@@ -215,11 +215,6 @@ def _open(path: str) -> pa.NativeFile | str:
     return pa.BufferReader(storage.read_bytes(path))
 
 
-def open_parquet(path: str) -> pa.NativeFile | str:
-    """What pyarrow opens a Parquet file by, local or remote."""
-    return _open(path)
-
-
 def _describe(path: str) -> tuple[int, int, str, str | None]:
     file = parquet.open_file(path)
     schema = file.schema_arrow

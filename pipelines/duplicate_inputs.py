@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from curation import parquet, vectors
 from curation.duplicates.members import Members, Piece, bundled, file_pieces, rank
@@ -315,7 +314,7 @@ def _plain_value(found: Inputs, representative: str, folder: str, empty: Empty) 
     paths = [part.vectors for part in found.parts if part.vectors is not None]
     if representative == "resolution":
         wanted = ["width", "height"]
-        if not all(set(wanted) <= set(pq.read_schema(vectors.open_parquet(p)).names) for p in paths):
+        if not all(set(wanted) <= set(parquet.schema(p).names) for p in paths):
             found.note = (
                 f"{folder} has no columns width and height: the earliest image of a component stays, not the largest"
             )
@@ -334,7 +333,7 @@ def _plain_value(found: Inputs, representative: str, folder: str, empty: Empty) 
 
 
 def _column(path: str, name: str) -> pa.ChunkedArray:
-    names = pq.read_schema(vectors.open_parquet(path)).names
+    names = parquet.schema(path).names
     if name not in names:
         raise UserError(f"representative: {path} has no column `{name}` (it has {', '.join(names)})")
     return parquet.read_table(path, [name])[name]
@@ -342,7 +341,7 @@ def _column(path: str, name: str) -> pa.ChunkedArray:
 
 def _known_columns(path: str, wanted: Sequence[str]) -> list[str]:
     for name in wanted:
-        names = pq.read_schema(vectors.open_parquet(path)).names
+        names = parquet.schema(path).names
         if name not in names:
             raise UserError(f"representative: the images table has no column `{name}` (it has {', '.join(names)})")
     return list(wanted)

@@ -5,7 +5,6 @@ footer says under which certificate how much went. So a part that was interrupte
 one that was finished tells what it lost.
 """
 
-import io
 import json
 import tarfile
 from collections import Counter
@@ -156,12 +155,10 @@ def take_out_of_piece(path: str, removal: Removal) -> Done | None:
     if known is not None or not rows:
         return None if known is None else Done(path, 0, 0, "", {}, known)
     counts = Counter({"rows of the list emptied": rows})
-    sink = io.BytesIO()
     schema = file.schema_arrow.with_metadata(_noted(metadata, removal, counts))
-    with pq.ParquetWriter(sink, schema, compression="zstd") as writer:
-        for group, mask in zip(groups, masks, strict=True):
-            writer.write_table(emptied(group, mask).cast(schema), row_group_size=max(1, group.num_rows))
-    data = sink.getvalue()
+    data = parquet.bytes_of(
+        schema, (emptied(group, mask).cast(schema) for group, mask in zip(groups, masks, strict=True))
+    )
     storage.write_whole(path, data)
     return Done(path, 0, len(data), storage.sha256(data), {}, counts)
 

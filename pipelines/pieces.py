@@ -4,13 +4,11 @@ A part's worker reads its own row group and nothing else; the list is neither he
 with tasks. `list/index.json` is written last and says that all is there.
 """
 
-import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from curation import parquet, storage
 from pipelines.run_directory import Generation
@@ -114,8 +112,4 @@ def _cut(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
 
 
 def _write(generation: Generation, number: int, piece: int, parts: Sequence[pa.Table]) -> None:
-    sink = io.BytesIO()
-    with pq.ParquetWriter(sink, PIECE, compression="zstd", write_page_checksum=True) as writer:
-        for part in parts:
-            writer.write_table(part, row_group_size=part.num_rows)
-    storage.write_whole(_path(generation, number, piece), sink.getvalue())
+    storage.write_whole(_path(generation, number, piece), parquet.bytes_of(PIECE, parts))

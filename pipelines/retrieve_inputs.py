@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow.parquet as pq
 from pydantic import Field
 
-from curation import hierarchy, vectors
+from curation import hierarchy, parquet, vectors
 from curation.errors import UserError
 from curation.hierarchy import Hierarchy
 from curation.retrieval import Draws
@@ -227,7 +226,7 @@ def stretches(parts: Sequence[EmbeddingPart], most: int) -> list[tuple[Piece, ..
 def _pieces(part: EmbeddingPart, most: int) -> list[Piece]:
     if part.rows <= most:
         return [Piece(part.path, None, part.rows)]
-    footer = pq.ParquetFile(vectors.open_parquet(part.path)).metadata
+    footer = parquet.open_file(part.path).metadata
     groups = (Piece(part.path, (g,), footer.row_group(g).num_rows) for g in range(footer.num_row_groups))
     return [piece for piece in groups if piece.rows]
 

@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from curation import storage
+from curation import parquet, storage
 from curation.errors import UserError
 
 FINGERPRINT_KEY = b"curate.fingerprint"
@@ -118,7 +117,7 @@ class PartWriter:
         path = self.path(name)
         try:
             data = storage.read_bytes(path)
-            file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+            file = parquet.open_bytes(data)
             metadata = file.schema_arrow.metadata or {}
             if metadata.get(FINGERPRINT_KEY, b"").decode() != self.fingerprint:
                 return None

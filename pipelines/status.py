@@ -5,8 +5,6 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import pyarrow.parquet as pq
-
 from curation import hidden, parquet, storage
 from curation.errors import UserError
 from pipelines import catalog, lock
@@ -147,14 +145,12 @@ def _generation(directory: str, generation: Generation) -> GenerationStatus:
 
 
 def _rows_under(path: str, fingerprint: str) -> int | None:
-    fs, inner = storage.filesystem(path)
     try:
-        with fs.open(inner, "rb") as file:
-            footer = pq.ParquetFile(file)
-            if (footer.schema_arrow.metadata or {}).get(FINGERPRINT_KEY, b"").decode() != fingerprint:
+        with parquet.open_file(path) as file:
+            if (file.schema_arrow.metadata or {}).get(FINGERPRINT_KEY, b"").decode() != fingerprint:
                 return None
-            return int(footer.metadata.num_rows)
-    except (OSError, ValueError):
+            return int(file.metadata.num_rows)
+    except (OSError, UserError):
         return None
 
 

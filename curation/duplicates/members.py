@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow.parquet as pq
 
-from curation.vectors import VectorSet, open_parquet, read_vectors
+from curation import parquet
+from curation.vectors import VectorSet, read_vectors
 
 SMALLEST_BUNDLE = 8192
 PIECE_BYTES = 1 << 26
@@ -125,7 +125,7 @@ def file_pieces(
 
     nodes: (k,) uint32, of the rows that take part. positions: (k,) rows of the file, ascending; None: all.
     """
-    metadata = pq.ParquetFile(open_parquet(path)).metadata
+    metadata = parquet.open_file(path).metadata
     if metadata.num_rows <= max_rows or metadata.num_row_groups == 1:
         return [_piece(path, None, nodes, positions, fresh, generation)] if len(nodes) else []
     pieces = []

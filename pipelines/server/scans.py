@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from curation import parquet
 from curation.hidden import is_hidden
-from curation.vectors import open_parquet
 
 COLUMNS = ("caption", "url", "label")
 BATCH_ROWS = 1 << 16
@@ -63,12 +62,12 @@ def run(
 
     paths: parts of images. text: what the column shall hold, case aside.
     """
-    total = sum(pq.ParquetFile(open_parquet(path)).metadata.num_rows for path in paths)
+    total = sum(parquet.open_file(path).metadata.num_rows for path in paths)
     seen = count = 0
     said = time.monotonic()
     yield {"rows": 0, "of": total}
     for path in paths:
-        file = pq.ParquetFile(open_parquet(path))
+        file = parquet.open_file(path)
         if column not in file.schema_arrow.names:
             continue
         for batch in file.iter_batches(BATCH_ROWS, columns=["image_id", column], use_threads=False):

@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field, field_validator
 
-from curation import blocklist, storage
+from curation import blocklist, parquet, storage
 from curation.errors import UserError
 from curation.schemas import STATUSES, image_id
 from pipelines import pieces, sources
@@ -319,7 +318,5 @@ def _transient_digest(done: list[Generation]) -> tuple[str, int]:
 
 
 def _transient_of(path: str) -> pa.Table:
-    fs, inner = storage.filesystem(path)
-    with fs.open(inner, "rb") as file:
-        table = pq.read_table(file, columns=["image_id", "url", "caption", "label", "status"])
+    table = parquet.read_table(path, ["image_id", "url", "caption", "label", "status"])
     return table.filter(pc.equal(table["status"], "transient"))

@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from curation import hidden, storage
+from curation import hidden, parquet, storage
 from curation.errors import UserError
 from training.data.sources import Listing, find, walk
 
@@ -108,20 +107,15 @@ def _mapped(listing: Listing, made: Path, fingerprint: str) -> Index:
 def part_tables(listing: Listing, columns: list[str]) -> Iterator[pa.Table]:
     """The row groups of a manifest's parts, with shards as dictionaries. Raises UserError for missing columns."""
     for path in listing.parts:
-        fs, inner = storage.filesystem(path)
-        try:
-            with fs.open(inner, "rb") as file:
-                parquet = pq.ParquetFile(file, read_dictionary=["shard"], page_checksum_verification=True)
-                names = parquet.schema_arrow.names
-                missing = [name for name in columns if name not in names and name != "weight"]
-                if missing:
-                    raise UserError(
-                        f"{path}: no column {', '.join(missing)}; a manifest has image_id, shard, offset and length"
-                    )
-                for group in range(parquet.num_row_groups):
-                    yield parquet.read_row_group(group, [c for c in columns if c in names]).combine_chunks()
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path}: cannot be read as Parquet ({str(error).splitlines()[0][:200]})") from None
+        with parquet.open_file(path, read_dictionary=["shard"]) as file, parquet.named(path):
+            names = file.schema_arrow.names
+            missing = [name for name in columns if name not in names and name != "weight"]
+            if missing:
+                raise UserError(
+                    f"{path}: no column {', '.join(missing)}; a manifest has image_id, shard, offset and length"
+                )
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, [c for c in columns if c in names]).combine_chunks()
 
 
 def _emptiness(listing: Listing, facts: dict[str, Any]) -> str:

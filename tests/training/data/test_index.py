@@ -73,7 +73,7 @@ def test_what_cannot_be_a_source_is_one_sentence(tmp_path: Path) -> None:
         (str(tmp_path / "empty"), "no image files in this folder"),
         (str(tmp_path / "run"), "a run without a manifest"),
         (nothing, "none of its 3 rows has a location"),
-        (str(broken), "cannot be read as Parquet"),
+        (str(broken), "not a readable Parquet file"),
         (write_manifest(tmp_path / "zero", [b"x"] * 2, weight=[0.0, 0.0]), "every weight is 0"),
         (write_manifest(tmp_path / "nan", [b"x"] * 2, weight=[1.0, float("nan")]), "weights must be finite"),
     ):
