@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import page_tables, plots, reliability_tables, server_tables, training_tables
+from benchmarks import page_tables, page_targets, plots, reliability_tables, server_tables, training_tables
 from benchmarks.page_data import Results
 
 ROOT = Path(__file__).parents[1]
@@ -19,11 +19,12 @@ MISSING = "*Not measured yet.*"
 
 SECTIONS: dict[str, Callable[[Results], str]] = {
     "machine": page_tables.machine,
-    "targets": page_tables.targets,
+    "targets": page_targets.targets,
     "join": page_tables.join,
     "join-steps": page_tables.join_steps,
     "rivals": page_tables.rivals,
     "add": page_tables.add,
+    "add-stages": page_tables.add_stages,
     "components": page_tables.components,
     "driver": page_tables.driver,
     "kmeans": page_tables.kmeans,

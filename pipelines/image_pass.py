@@ -113,9 +113,14 @@ class Workers:
         return Demand(one.num_cpus + other.num_cpus, other.num_gpus, memory, {k: 2 * v for k, v in one.custom.items()})
 
     def wanted(self, parts: int) -> int:
-        """Actors for so many parts. One more than fit where the cluster may grow: an autoscaler sees it wait."""
+        """Actors for so many parts.
+
+        Where the cluster may grow, one more than its GPUs: an autoscaler sees it wait. On CPUs it would take what
+        decoding needs, and the autoscaler sees the decode tasks.
+        """
         cores = min(cluster.cpus(), max(1, cluster.slots(self.both)))
-        return min(parts, actors(parts, self.actor.num_gpus, cores, cluster.gpus()) + self.grows)
+        more = self.grows and self.actor.num_gpus > 0
+        return min(parts, actors(parts, self.actor.num_gpus, cores, cluster.gpus()) + more)
 
     def decoders(self) -> int:
         """Decode tasks handed in at once; twice what fits where the cluster may grow."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import page, page_tables
+from benchmarks import page, page_tables, page_targets
 from benchmarks.page_data import Results
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +49,7 @@ def test_numbers_of_the_tables_are_those_of_the_files(results: Results) -> None:
 
 
 def test_targets_say_what_was_reached_and_what_was_not(results: Results) -> None:
-    rows = dict(re.findall(r"(?m)^\| (.*?) \| .*? \| .*? \| (.*?) \|$", page_tables.targets(results)))
+    rows = dict(re.findall(r"(?m)^\| (.*?) \| .*? \| .*? \| (.*?) \|$", page_targets.targets(results)))
     assert rows["join, 1 M hard: exact's CPU time over ours"] == "yes"
     assert rows["join, 1 M hard: best FAISS, tuned already, over ours"] == "not measured"
     assert rows["join, 1 M easy"] == "not measured"

@@ -287,6 +287,20 @@ def test_an_image_pass_asks_for_its_decoding_and_its_models(tmp_path: Path) -> N
     assert on_gpu.both.amounts == {"CPU": 2, "GPU": 0.5, "memory": 12 << 30, "egress": 2}
 
 
+def test_actors_of_an_image_pass_leave_room_for_decoding_and_ask_an_autoscaler_for_gpus(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Machines(monkeypatch, {"CPU": 1}, {"CPU": 8, "GPU": 4})
+    monkeypatch.setattr(cluster, "cpus", lambda: 9)
+    monkeypatch.setattr(cluster, "gpus", lambda: 4.0)
+    for grows in (False, True):
+        on_cpus = Workers(cluster.Demand(0.5), cluster.Demand(0.5), grows)
+        assert on_cpus.wanted(100) == 9 and on_cpus.wanted(3) == 3, "half of each core is left to decode"
+        assert on_cpus.decoders() == 9 * (1 + grows)
+        on_gpus = Workers(cluster.Demand(1), cluster.Demand(0, 1), grows)
+        assert on_gpus.wanted(100) == 4 + grows and on_gpus.wanted(2) == 2
+
+
 def test_resources_are_no_part_of_any_fingerprint() -> None:
     from pipelines.catalog import STAGES as ALL
     from pipelines.configuration import RunConfig
