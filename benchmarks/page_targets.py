@@ -78,9 +78,12 @@ def targets(results: Results) -> str:
         share = document["added_over_from_nothing_cpu"]
         add(f"adding 5 % ({name}): share of the join's CPU time", "≤ 0.2", share, share <= 0.2)
     whole = results.read("curate-add")
-    share = whole["add_over_run_cpu"] if whole else None
+    share = None
+    if whole:  # asked for from download to manifest: the report, which is made anew, is not of it
+        added, run = (whole[w]["cpu_seconds"] - whole[w]["cpu_by_stage"]["report"] for w in ("add", "run"))
+        share = added / run
     what = f"`curate add` of 5 %, {whole['urls']:,} URLs in all" if whole else "`curate add` of 5 %"
-    add(f"{what}: share of the run's CPU time", "< 0.1", share, bool(share and share < 0.1))
+    add(f"{what}, download to manifest: share of the run's CPU time", "< 0.1", share, bool(share and share < 0.1))
     checks = (results.read("plan-calibration") or {}).get("checks", [])
     for row in (row for row in checks if "told" not in row["stage"]):
         add(

@@ -9,7 +9,7 @@ with any number of workers. (Ray Data would do this too: it starts three more pr
 import contextlib
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -155,10 +155,12 @@ class _Pass:
         self._what = (decode, [ray.put(shared)])  # in a list, or Ray would read it again for each task
         self._model = ray.put((model, dict(model_arguments)))
         self._decoding: dict[Any, tuple[str, Any]] = {}
-        self._waiting: deque[tuple[Any, tuple[str, Any]]] = deque()
+        self._waiting: deque[tuple[Any, tuple[str, Any], Collection[str]]] = deque()
+        """What is decoded: its reference, its task, and the machines where it lies."""
         self._starting: dict[Any, Any] = {}
         self._queues: dict[Any, dict[Any, tuple[str, Any]]] = {}
         """By actor that has started: what it was handed, by the reference of its answer, in order."""
+        self._machines: dict[Any, str] = {}
         self._deaths: Counter[str] = Counter()
         self._stillborn = 0
         self._looked = float("-inf")
@@ -175,7 +177,7 @@ class _Pass:
                     if reference in self._starting:
                         self._started(reference)
                     elif reference in self._decoding:
-                        self._waiting.append((reference, self._decoding.pop(reference)))
+                        self._waiting.append((reference, self._decoding.pop(reference), _where(reference)))
                     elif (queue := self._queues.get(answers[reference])) and reference in queue:
                         made = self._answered(answers[reference], reference)
                         if made is not None:
@@ -199,7 +201,9 @@ class _Pass:
             actor, queue = min(self._queues.items(), key=lambda item: len(item[1]))
             if len(queue) >= QUEUED_PER_ACTOR:
                 break
-            decoded, task = self._waiting.popleft()
+            place = nearest(self._machines[actor], [machines for _, _, machines in self._waiting])
+            decoded, task, _ = self._waiting[place]
+            del self._waiting[place]
             queue[actor.part.remote(task[0], decoded)] = task
         most = self._decoders + QUEUED_PER_ACTOR * max(1, len(self._queues))
         while self._tasks and len(self._decoding) < self._decoders and len(self._decoding) + len(self._waiting) < most:
@@ -209,7 +213,7 @@ class _Pass:
     def _started(self, reference: Any) -> None:
         actor = self._starting.pop(reference)
         try:
-            cluster.result(reference, "a model's worker")
+            self._machines[actor] = cluster.result(reference, "a model's worker")
             self._queues[actor] = {}
             self._stillborn = 0
         except cluster.LostError as lost:
@@ -252,6 +256,18 @@ class _Pass:
                 ray.kill(actor)
 
 
+def nearest(machine: str, waiting: Sequence[Collection[str]]) -> int:
+    """Which of the parts that wait, given the machines where each lies, to compute here: the first that lies here."""
+    return next((place for place, machines in enumerate(waiting) if machine in machines), 0)
+
+
+def _where(reference: Any) -> Collection[str]:
+    """The machines where an object lies, as this process knows; none for a small one, which is part of the call."""
+    from ray.experimental import get_local_object_locations
+
+    return frozenset(get_local_object_locations([reference]).get(reference, {}).get("node_ids", ()))
+
+
 def _asked(demand: Demand) -> dict[str, Any]:
     """A demand as Ray takes it."""
     asked = {"num_cpus": demand.num_cpus, "num_gpus": demand.num_gpus or None, "memory": demand.memory_bytes}
@@ -285,8 +301,11 @@ class _Actor:
         except Exception as error:
             self._failure = error
 
-    def ready(self) -> None:
-        """Answers once the model is there."""
+    def ready(self) -> str:
+        """The machine it is on, once the model is there."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     def part(self, name: str, decoded: Decoded) -> Any:
         if self._failure is not None:

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import ray
 
 from curation.errors import UserError
 from pipelines import image_pass as passes
 from pipelines.context import Context
 from pipelines.events import Events
-from pipelines.image_pass import actors, image_pass
+from pipelines.image_pass import actors, image_pass, nearest
 from pipelines.run_directory import Generation, PartRecord, PartWriter, RunDirectory
 
 TASKS = [(f"part-000-{index:06d}", index + 1) for index in range(4)]
@@ -103,6 +104,11 @@ def run(folder: Path, shared: Mapping[str, Any] | None = None, **arguments: Any)
 )
 def test_actors_follow_the_machine(parts: int, num_gpus: float, cpus: int, gpus: float, count: int) -> None:
     assert actors(parts, num_gpus, cpus, gpus) == count
+
+
+def test_an_actor_takes_what_lies_on_its_machine_before_what_was_decoded_first() -> None:
+    waiting = [{"a"}, {"a", "b"}, {"b"}, frozenset()]
+    assert [nearest(machine, waiting) for machine in ("a", "b", "c")] == [0, 1, 0]
 
 
 def test_parts_are_made_once_and_listed_in_task_order(tmp_path: Path, ray_session: None) -> None:
@@ -204,6 +210,7 @@ class Slow:
 
     def __call__(self, name: str, decoded: Mapping[str, Any]) -> PartRecord:
         assert not decoded["values"].flags.writeable, "read in place"
+        assert passes._where(ray.put(np.zeros(50_000))) == {ray.get_runtime_context().get_node_id()}
         time.sleep(0.15)
         with open(self._out, "a") as file:
             file.write(f"{len(os.listdir(self._folder)) - self._made}\n")
