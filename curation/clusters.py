@@ -15,7 +15,8 @@ import numba
 import numpy as np
 
 from curation import nearest as search
-from curation.nearest import Grouping, Known, nearest_centroid, one_thread, widened
+from curation.halves import widen
+from curation.nearest import Grouping, Known, nearest_centroid, one_thread
 from curation.order import generator
 from curation.seeding import CELL_POINTS, cell_seeds, seeds_due, shared_out
 
@@ -135,7 +136,7 @@ class ArrayPoints:
 
     def take(self, rows: np.ndarray) -> np.ndarray:
         parts = split_rows(rows, self.block_rows)
-        taken = [widened(block[local]) for block, local in zip(self.blocks, parts, strict=True)]
+        taken = [widen(block[local]) for block, local in zip(self.blocks, parts, strict=True)]
         return np.concatenate(taken)
 
     def subset(self, rows: np.ndarray) -> "ArrayPoints":
@@ -263,7 +264,7 @@ def block_sums(vectors: np.ndarray, step: Step, known: Known | None = None) -> t
         labels, squares = nearest_centroid(vectors, step.centroids, step.grouping)
         rows = np.asarray(vectors)
     else:
-        rows = widened(vectors)
+        rows = widen(vectors)
         with one_thread():
             labels, squares, known = search.nearest(rows, step.centroids, step.grouping, known, step.moved)
     clusters, place = np.unique(labels, return_inverse=True)
@@ -277,7 +278,7 @@ def block_sums(vectors: np.ndarray, step: Step, known: Known | None = None) -> t
     )
     for start in range(0, len(rows), search.CHUNK):
         part = slice(start, start + search.CHUNK)
-        _add(widened(rows[part]), place[part], squares[part], start, sums.sums, sums.farthest, sums.farthest_square)
+        _add(widen(rows[part]), place[part], squares[part], start, sums.sums, sums.farthest, sums.farthest_square)
     return sums, known
 
 

@@ -6,12 +6,15 @@ import numpy as np
 CHUNK = 1024
 
 
-def widen(rows: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
-    """Those rows, (n, d) float32, of (m, d) float16 or float32, finite. chosen: (n,) int64; None: all."""
-    at = np.arange(len(rows)) if chosen is None else chosen
+def widen(rows: np.ndarray, chosen: np.ndarray | None = None, out: np.ndarray | None = None) -> np.ndarray:
+    """Those rows, (n, d) float32, of (m, d) float16 or float32, finite. chosen: (n,) int64; None: all.
+
+    out: (at least n, d) float32 that may be written and returned: fresh memory costs more than the rows.
+    """
     if rows.dtype != np.float16:
-        return np.ascontiguousarray(rows[at], dtype=np.float32)
-    found = np.empty((len(at), rows.shape[1]), np.uint32)
+        return np.ascontiguousarray(rows if chosen is None else rows[chosen], dtype=np.float32)
+    at = np.arange(len(rows)) if chosen is None else chosen
+    found = np.empty((len(at), rows.shape[1]), np.uint32) if out is None else out[: len(at)].view(np.uint32)
     _widen(np.ascontiguousarray(rows).view(np.uint16), at, found, found.view(np.float32))
     return found.view(np.float32)
 
@@ -19,9 +22,10 @@ def widen(rows: np.ndarray, chosen: np.ndarray | None = None) -> np.ndarray:
 def squared_lengths(rows: np.ndarray) -> np.ndarray:
     """(n,) float32 of (n, d) float16 or float32; NaN or infinite where a value is."""
     found = np.empty(len(rows), np.float32)
+    buffer = np.empty((min(CHUNK, len(rows)), rows.shape[1]), np.float32)
     for start in range(0, len(rows), CHUNK):
         part = rows[start : start + CHUNK]
-        wide = widen(part)
+        wide = widen(part, out=buffer)
         np.einsum("nd,nd->n", wide, wide, out=found[start : start + CHUNK])
         if rows.dtype == np.float16:
             found[start : start + CHUNK][_infinite(np.ascontiguousarray(part).view(np.uint16))] = np.nan

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from curation import device
-from curation.nearest import one_thread, widened
+from curation.halves import widen
+from curation.nearest import one_thread
 from curation.search import require_faiss
 from curation.vectors import similarity
 
@@ -49,7 +50,7 @@ def nearest_neighbours(seeds: np.ndarray, ids: np.ndarray, pool: np.ndarray, cou
     result = Neighbours.none(len(seeds), count)
     for start in range(0, len(pool), POOL_ROWS):
         part = pool[start : start + POOL_ROWS]
-        wide = widened(part)
+        wide = widen(part)
         blocks = [
             _block(seeds[row : row + QUERY_ROWS], ids[start : start + POOL_ROWS], part, wide, count)
             for row in range(0, len(seeds), QUERY_ROWS)
@@ -63,7 +64,7 @@ def nearest_neighbours(seeds: np.ndarray, ids: np.ndarray, pool: np.ndarray, cou
 def _block(seeds: np.ndarray, ids: np.ndarray, pool: np.ndarray, wide: np.ndarray, count: int) -> Neighbours:
     # A float32 product of unit vectors is off by at most d * 2^-24; two of them by twice that.
     margin = 4.0 * seeds.shape[1] * 2.0**-24
-    queries = widened(seeds)
+    queries = widen(seeds)
     wanted = min(count, len(pool))
     looked_at = min(len(pool), wanted + max(8, wanted // 4))
     with one_thread():

@@ -51,9 +51,10 @@ class Stretch:
         steps = np.empty(len(rows), np.float32)
         codes = np.empty((len(rows), plan.codebook.pieces // 2), np.uint8)
         labels = np.empty(len(rows), np.int64)
+        buffer = np.empty((min(CHUNK, len(rows)), rows.shape[1]), np.float32)
         # So few at a time stay in the processor's caches from one step to the next.
         for chunk in (slice(start, start + CHUNK) for start in range(0, len(rows), CHUNK)):
-            wide = widen(rows[chunk])
+            wide = widen(rows[chunk], out=buffer)
             codes[chunk] = plan.codebook.encode(wide)
             labels[chunk] = plan.assign(shuffles.blocked(codes[chunk]))[: len(wide)]
             _round_rows(wide, small[chunk], steps[chunk])

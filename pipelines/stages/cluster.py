@@ -28,8 +28,9 @@ from curation.clusters import (
     wide_grouping,
 )
 from curation.errors import UserError
+from curation.halves import widen
 from curation.hierarchy import Hierarchy
-from curation.nearest import CHUNK, FLAT, Grouping, Known, nearest_centroid, widened
+from curation.nearest import CHUNK, FLAT, Grouping, Known, nearest_centroid
 from curation.vectors import MODEL_KEY, VectorSet
 from pipelines import embedded
 from pipelines.context import Context, Outcome, StageConfig
@@ -429,7 +430,7 @@ class ScratchPoints:
 
 def _take(blocks: Sequence[ScratchBlock], rows: np.ndarray) -> np.ndarray:
     parts = split_rows(rows, [block.rows for block in blocks])
-    return np.concatenate([widened(b.read(local)) for b, local in zip(blocks, parts, strict=True) if len(local)])
+    return np.concatenate([widen(b.read(local)) for b, local in zip(blocks, parts, strict=True) if len(local)])
 
 
 def _sum_block(block: ScratchBlock, step: Step) -> BlockSums:

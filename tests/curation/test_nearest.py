@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from curation import clusters, nearest
-from curation.nearest import Grouping, nearest_centroid, squared_distances, widened
+from curation.halves import widen
+from curation.nearest import Grouping, nearest_centroid, squared_distances
 from curation.seeding import cell_seeds, seeds_due, shared_out
 
 
@@ -86,7 +87,7 @@ def test_a_search_by_groups_finds_nearly_all_and_says_the_true_distance(monkeypa
 def test_half_precision_is_widened_exactly() -> None:
     every = np.arange(2**16, dtype=np.uint16).view(np.float16)
     finite = every[np.isfinite(every)][None, :]
-    assert widened(finite).tobytes() == finite.astype(np.float32).tobytes()
+    assert widen(finite).tobytes() == finite.astype(np.float32).tobytes()
 
 
 def test_seeds_of_a_cell_are_distinct_vectors_and_gain_what_they_say() -> None:
