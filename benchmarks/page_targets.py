@@ -79,7 +79,9 @@ def targets(results: Results) -> str:
         add(f"adding 5 % ({name}): share of the join's CPU time", "≤ 0.2", share, share <= 0.2)
     whole = results.read("curate-add")
     share = None
-    if whole:  # asked for from download to manifest: the report, which is made anew, is not of it
+    if (
+        whole and "cpu_by_stage" in whole["add"]
+    ):  # asked for from download to manifest: the report, which is made anew, is not of it
         added, run = (whole[w]["cpu_seconds"] - whole[w]["cpu_by_stage"]["report"] for w in ("add", "run"))
         share = added / run
     what = f"`curate add` of 5 %, {whole['urls']:,} URLs in all" if whole else "`curate add` of 5 %"

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from curation import exact, parquet, storage
 from curation.errors import UserError
@@ -104,7 +103,7 @@ def vector_files(run: str) -> list[tuple[int, str]]:
     found = []
     for path in storage.list_files(storage.join(run, FOLDER), ".parquet"):
         if path.rsplit("/", 1)[-1].startswith("vectors-"):
-            metadata = pq.read_schema(pa.BufferReader(storage.read_bytes(path))).metadata or {}
+            metadata = parquet.schema(path).metadata or {}
             found.append((int(metadata.get(BEFORE, b"0")), path))
     return found
 

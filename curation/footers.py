@@ -24,7 +24,7 @@ def sealed(data: bytes) -> bytes:
     return b"".join([data[:begin], struct.pack("<I", zlib.crc32(data[begin:])), MARK, data[begin:]])
 
 
-def checked(file: BinaryIO | io.BufferedIOBase) -> pq.FileMetaData:
+def checked(file: BinaryIO | pa.NativeFile) -> pq.FileMetaData:
     """The footer of an open file.
 
     Raises pyarrow.ArrowInvalid or OSError for one that is none, or that is not what was written.
@@ -32,14 +32,15 @@ def checked(file: BinaryIO | io.BufferedIOBase) -> pq.FileMetaData:
     size = file.seek(0, io.SEEK_END)
     tail = _last(file, size, min(size, TAIL))
     length = 8 + int.from_bytes(tail[-8:-4], "little")
-    if tail[-4:] == MAGIC and len(tail) < length + 8 <= size:
-        tail = _last(file, size, length + 8)
+    whole = min(length + 8, size)  # of a file without rows there is no more than the footer and four bytes
+    if tail[-4:] == MAGIC and len(tail) < whole and length <= size:
+        tail = _last(file, size, whole)
     footer = tail[-length:]
     if tail[-length - 4 : -length] == MARK and struct.pack("<I", zlib.crc32(footer)) != tail[-length - 8 : -length - 4]:
         raise pa.ArrowInvalid("its footer fails its CRC")
     return pq.read_metadata(pa.BufferReader(MAGIC + footer))
 
 
-def _last(file: BinaryIO | io.BufferedIOBase, size: int, count: int) -> bytes:
+def _last(file: BinaryIO | pa.NativeFile, size: int, count: int) -> bytes:
     file.seek(size - count)
-    return file.read(count)
+    return bytes(file.read(count))

@@ -5,7 +5,9 @@ So a byte that changed on a disk or on the way is found by whichever stage reads
 over bytes that are in memory anyway. On an object store only the ranges that are needed are fetched.
 """
 
+import functools
 import io
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -27,15 +29,13 @@ def open_file(path: str, **options: Any) -> pq.ParquetFile:
     Raises DamagedError for a file without a readable footer, FileNotFoundError.
     """
     fs, inner = storage.filesystem(path)
-    source: Any = inner
     with named(path):
         if storage.is_local(path):
-            with open(inner, "rb") as file:
-                footer = footers.checked(file)
+            source = pa.OSFile(inner)
         else:
             source = fs.open(inner, "rb", cache_type="none")
-            footer = footers.checked(source)
             options.setdefault("pre_buffer", True)  # the ranges of columns side by side, not one after the other
+        footer = footers.checked(source)
         return pq.ParquetFile(source, metadata=footer, page_checksum_verification=True, **options)
 
 
@@ -43,6 +43,23 @@ def open_bytes(data: bytes) -> pq.ParquetFile:
     """As `open_file`, of bytes that were read already; with Arrow's own errors, for `named` or a better sentence."""
     footer = footers.checked(io.BytesIO(data))
     return pq.ParquetFile(pa.BufferReader(data), metadata=footer, page_checksum_verification=True)
+
+
+def look_at_footers(paths: Iterable[str]) -> None:
+    """For scans by Arrow, which reads footers by itself: those of local files, once each while they do not change.
+
+    Raises DamagedError, FileNotFoundError.
+    """
+    for path in paths:
+        if storage.is_local(path):
+            inner = storage.filesystem(path)[1]
+            known = os.stat(inner)
+            _look_at_footer(path, known.st_mtime_ns, known.st_size)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _look_at_footer(path: str, _changed: int, _size: int) -> None:
+    open_file(path)
 
 
 def schema(path: str) -> pa.Schema:

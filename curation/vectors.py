@@ -209,12 +209,6 @@ def _numbers(array: pa.Array) -> np.ndarray:
     return np.frombuffer(array.buffers()[1], kind, len(array), array.offset * kind.itemsize)
 
 
-def _open(path: str) -> pa.NativeFile | str:
-    if storage.is_local(path):
-        return storage.filesystem(path)[1]
-    return pa.BufferReader(storage.read_bytes(path))
-
-
 def _describe(path: str) -> tuple[int, int, str, str | None]:
     file = parquet.open_file(path)
     schema = file.schema_arrow

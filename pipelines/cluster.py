@@ -158,13 +158,26 @@ def gpu_name() -> str | None:
     return kinds[0].removeprefix("accelerator_type:") if kinds else "GPU"
 
 
-def slots(demand: Demand) -> int:
-    """How many tasks with this demand the living machines can run at once; 0 where Ray does not run."""
-    amounts = demand.amounts
-    return sum(
-        int(min((node.get(name, 0.0) / amount + 1e-9 for name, amount in amounts.items()), default=0.0))
-        for node in _machines().values()
-    )
+def slots(demand: Demand, beside: Demand | None = None) -> int:
+    """How many tasks with this demand the living machines can run at once; 0 where Ray does not run.
+
+    beside: one task that has to fit on each machine as well, where it fits at all.
+    """
+    return sum(_fitting(demand.amounts, _left(node, beside.amounts if beside else {})) for node in _machines().values())
+
+
+def _fitting(amounts: Mapping[str, float], node: Mapping[str, float]) -> int:
+    return int(min((node.get(name, 0.0) / amount + 1e-9 for name, amount in amounts.items()), default=0.0))
+
+
+def _left(node: Mapping[str, float], amounts: Mapping[str, float]) -> dict[str, float]:
+    fits = all(node.get(name, 0.0) >= amount for name, amount in amounts.items())
+    return {name: has - (amounts.get(name, 0.0) if fits else 0.0) for name, has in node.items()}
+
+
+def living() -> frozenset[str]:
+    """Ids of the machines that are there."""
+    return frozenset(_machines())
 
 
 def lacking(demand: Demand) -> str | None:
@@ -298,13 +311,16 @@ def spread(
             ray.cancel(reference, force=False)
 
 
-def finished(references: list[Any]) -> list[Any]:
-    """Those that are done: waits for one, LOOK_AGAIN_S at most, then takes what else there is."""
+def finished(references: list[Any], fetch: bool = True) -> list[Any]:
+    """Those that are done: waits for one, LOOK_AGAIN_S at most, then takes what else there is.
+
+    fetch: done once it has been brought to this machine as well.
+    """
     import ray
 
-    done, waiting = ray.wait(references, num_returns=1, timeout=LOOK_AGAIN_S, fetch_local=False)
+    done, waiting = ray.wait(references, num_returns=1, timeout=LOOK_AGAIN_S, fetch_local=fetch)
     if done and waiting:
-        more, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=False)
+        more, _ = ray.wait(waiting, num_returns=len(waiting), timeout=0, fetch_local=fetch)
         done = [*done, *more]
     return list(done)
 
@@ -335,7 +351,10 @@ def result(reference: Any, name: str) -> Any:
     try:
         return ray.get(reference)
     except ray.exceptions.RayActorError as error:
-        raise LostError(_kind(error), worker=True) from error
+        # What was raised as it was made stands in the last line; nothing else of Ray's text is for anybody's eyes.
+        made = "creation task" in str(error)
+        why = f"{_kind(error)}: {str(error).strip().splitlines()[-1].strip()}" if made else _kind(error)
+        raise LostError(why, worker=True) from error
     except (ray.exceptions.NodeDiedError, ray.exceptions.ObjectLostError) as error:
         raise LostError(_kind(error)) from error
     except ray.exceptions.OutOfMemoryError as error:

@@ -8,10 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from curation import storage
+from curation import parquet, storage
 from curation.audit import funnel, tables
 from curation.audit.run_tables import SNAPSHOTS
 from curation.audit.sections.decontamination import THRESHOLDS
@@ -38,11 +35,6 @@ def current_generations(run: RunDirectory, stage: str) -> list[Generation]:
 def stage_names(run: RunDirectory) -> list[str]:
     """Stages that have a folder in the run, embeddings by model (`embed/MODEL`), by name."""
     return run.begun()
-
-
-def source_of(path: str) -> Any:
-    """What pyarrow opens for a path or URL."""
-    return storage.filesystem(path)[1] if storage.is_local(path) else pa.BufferReader(storage.read_bytes(path))
 
 
 def configuration_of(run: RunDirectory) -> dict[str, Any] | None:
@@ -151,7 +143,7 @@ def described_models(run: RunDirectory) -> dict[str, Any]:
             ]
         else:
             continue
-        metadata = pq.read_schema(source_of(paths[0])).metadata or {} if paths else {}
+        metadata = parquet.schema(paths[0]).metadata or {} if paths else {}
         if paths:
             found["copy embedding" if name == "score" else name.removeprefix("embed/")] = _model(
                 metadata.get(MODEL_KEY)

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from curation import parquet, storage, vectors
 from curation.errors import UserError
@@ -121,12 +119,7 @@ def cluster_paths(folder: str) -> list[str]:
         where = "holds no *.parquet" if storage.exists(folder) else "does not exist"
         raise UserError(f"{folder}: {where}; give a folder that `curate cluster` wrote")
     for path in paths:
-        try:
-            fs, inner = storage.filesystem(path)
-            with fs.open(inner, "rb") as file:
-                names = pq.read_schema(file).names
-        except (OSError, pa.ArrowInvalid) as error:
-            raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+        names = parquet.schema(path).names
         missing = [name for name in ("image_id", "cluster_1", "distance") if name not in names]
         if missing:
             raise UserError(f"{path}: no column `{missing[0]}`; give a folder that `curate cluster` wrote")

@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from curation.errors import UserError, mendable
 from pipelines import cluster
 from pipelines.cluster import Demand
 from pipelines.context import Context
@@ -118,19 +119,13 @@ class Workers:
         Where the cluster may grow, one more than its GPUs: an autoscaler sees it wait. On CPUs it would take what
         decoding needs, and the autoscaler sees the decode tasks.
         """
-        cores = min(cluster.cpus(), max(1, cluster.slots(self.both)))
-        more = self.grows and self.actor.num_gpus > 0
-        return min(parts, actors(parts, self.actor.num_gpus, cores, cluster.gpus()) + more)
+        if not self.actor.num_gpus:
+            return max(1, min(parts, cluster.cpus(), cluster.slots(self.both)))
+        return max(1, min(parts, cluster.slots(self.actor, beside=self.decode) + self.grows))
 
     def decoders(self) -> int:
         """Decode tasks handed in at once; twice what fits where the cluster may grow."""
         return max(1, min(cluster.cpus(), cluster.slots(self.decode))) * (1 + self.grows)
-
-
-def actors(parts: int, num_gpus: float, cpus: int, gpus: float) -> int:
-    """How many model actors: one per GPU share where GPUs are used, else one per core; never more than parts."""
-    most = int(gpus / num_gpus) if num_gpus else cpus
-    return max(1, min(most, parts))
 
 
 class _Pass:
@@ -173,7 +168,7 @@ class _Pass:
                 self._look()
                 self._hand_out()
                 answers = {answer: actor for actor, queue in self._queues.items() for answer in queue}
-                for reference in cluster.finished([*self._starting, *self._decoding, *answers]):
+                for reference in cluster.finished([*self._starting, *self._decoding, *answers], fetch=False):
                     if reference in self._starting:
                         self._started(reference)
                     elif reference in self._decoding:
@@ -182,18 +177,27 @@ class _Pass:
                         made = self._answered(answers[reference], reference)
                         if made is not None:
                             self._left -= 1
+                            self._stillborn = 0
                             yield made
         finally:
             self._end()
 
     def _look(self) -> None:
-        """Start the actors that the cluster has room for now; looked at again all the time."""
-        if time.monotonic() - self._looked > cluster.LOOK_AGAIN_S:
-            self._wanted, self._decoders = self._workers.wanted(self._left), self._workers.decoders()
-            self._looked = time.monotonic()
-        while len(self._starting) + len(self._queues) < min(self._wanted, self._left):
+        """As many actors as the cluster has room for; looked at again all the time, or at once if there are none."""
+        if time.monotonic() - self._looked <= cluster.LOOK_AGAIN_S and (self._starting or self._queues):
+            return
+        self._wanted, self._decoders = self._workers.wanted(self._left), self._workers.decoders()
+        self._looked = time.monotonic()
+        for _ in range(min(self._wanted, self._left) - len(self._starting) - len(self._queues)):
             actor = self._actor.remote(self._model)
             self._starting[actor.ready.remote()] = actor
+        # Where a machine has left, actors would take what decoding needs for ever.
+        idle = [actor for actor, queue in self._queues.items() if not queue]
+        for _ in range(len(self._starting) + len(self._queues) - self._wanted):
+            if self._starting:
+                _kill(self._starting.popitem()[1])
+            elif idle:
+                self._end_actor(idle.pop())
 
     def _hand_out(self) -> None:
         """Decoded parts to the actors with the shortest queues; then tasks, if little enough waits to be computed."""
@@ -227,14 +231,14 @@ class _Pass:
         try:
             made = cluster.result(reference, name)
         except cluster.LostError as lost:
+            if lost.worker and self._machines[actor] not in cluster.living():
+                for other in [a for a, machine in self._machines.items() if machine == self._machines[actor]]:
+                    self._end_actor(other)
+                return None
             if lost.worker:
-                import ray
-
-                with contextlib.suppress(ray.exceptions.RayError):
-                    ray.kill(actor)
                 # An actor works in order: it died of the first part, if of any.
                 name, task = next(iter(self._queues[actor].values()))
-                self._tasks.extendleft(reversed(self._queues.pop(actor).values()))
+                self._end_actor(actor)
             else:
                 del self._queues[actor][reference]
                 self._tasks.appendleft((name, task))
@@ -245,15 +249,28 @@ class _Pass:
         del self._queues[actor][reference]
         return name, [made] if isinstance(made, PartRecord) else list(made)
 
+    def _end_actor(self, actor: Any) -> None:
+        """Its parts are for others."""
+        self._tasks.extendleft(reversed(self._queues.pop(actor).values()))
+        del self._machines[actor]
+        _kill(actor)
+
     def _end(self) -> None:
         """Nothing of the pass goes on: models free their memory and GPUs."""
         import ray
 
-        with contextlib.suppress(ray.exceptions.RayError):
-            for reference in self._decoding:
+        for actor in [*self._starting.values(), *self._queues]:
+            _kill(actor)
+        for reference in self._decoding:
+            with contextlib.suppress(ray.exceptions.RayError):
                 ray.cancel(reference, force=False)
-            for actor in [*self._starting.values(), *self._queues]:
-                ray.kill(actor)
+
+
+def _kill(actor: Any) -> None:
+    import ray
+
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.kill(actor)
 
 
 def nearest(machine: str, waiting: Sequence[Collection[str]]) -> int:
@@ -292,14 +309,16 @@ def _fetched(reference: Any) -> Any:
 
 
 class _Actor:
-    """Holds the model; one call is one part. What fails as it is made is raised by the calls: they tell what it was."""
+    """Holds the model; one call is one part. What a user can mend of making it is raised by the calls."""
 
     def __init__(self, model: tuple[type, Mapping[str, Any]]) -> None:
-        self._failure: Exception | None = None
+        self._failure: UserError | None = None
         try:
             self._model = model[0](**model[1])
         except Exception as error:
-            self._failure = error
+            self._failure = mendable(error, "the model")
+            if self._failure is None:
+                raise
 
     def ready(self) -> str:
         """The machine it is on, once the model is there."""

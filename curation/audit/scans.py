@@ -68,6 +68,7 @@ def open_parts(paths: Sequence[str]) -> "ds.Dataset":
 
     checked = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
     form = ds.ParquetFileFormat(default_fragment_scan_options=checked)
+    parquet.look_at_footers(paths)
     if all(storage.is_local(path) for path in paths):
         return ds.dataset([storage.filesystem(path)[1] for path in paths], format=form)
     fs = storage.filesystem(paths[0])[0]

@@ -3,7 +3,6 @@
 Each image is decoded once for all models; `embed/MODEL` is a stage of its own per model.
 """
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from pydantic import Field
 
 from curation import parquet, storage
@@ -328,10 +326,7 @@ def _device(context: Context, models: Sequence[str]) -> str:
 
 
 def _check_columns(path: str) -> None:
-    try:
-        names = pq.read_schema(io.BytesIO(storage.read_bytes(path))).names
-    except (OSError, pa.ArrowInvalid) as error:
-        raise UserError(f"{path}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+    names = parquet.schema(path).names
     missing = [name for name in ("image_id", "shard", "offset", "length") if name not in names]
     if missing:
         raise UserError(

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from curation import hidden, parquet, storage
 from curation.audit import tables
@@ -30,7 +29,6 @@ from pipelines.description import (
     reference_figures,
     run_counts,
     side_files,
-    source_of,
 )
 from pipelines.run_directory import Generation, PartRecord, PartWriter, RunDirectory
 from pipelines.stages.mix import HIDDEN
@@ -126,7 +124,7 @@ def _join_part(writer: PartWriter, name: str, task: Any, out: np.ndarray) -> Par
     if mix is None or not mix.num_rows:
         return writer.write(name, MANIFEST.empty_table())
     mine = inside & pc.field("image_id").isin(mix["image_id"].combine_chunks())
-    image_columns = [n for n in MANIFEST.names if n in pq.read_schema(source_of(paths["filter"][0])).names]
+    image_columns = [n for n in MANIFEST.names if n in parquet.schema(paths["filter"][0]).names]
     images = _read(paths["filter"], [*image_columns, "status"], mine)
     if images is None:
         images = pa.table({"image_id": pa.array([], pa.uint64()), "status": pa.array([], pa.string())})

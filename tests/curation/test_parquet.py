@@ -54,6 +54,15 @@ def test_every_bit_of_a_footer_is_found(data: bytes) -> None:
             assert 4 <= place < 8 and found.equals(whole), "a bit of the mark alone says nothing"
 
 
+def test_a_file_without_rows_and_with_a_long_footer_is_one(tmp_path: Path) -> None:
+    schema = pa.schema([(f"column {number}", pa.int64()) for number in range(3000)])
+    path = tmp_path / "part.parquet"
+    pq.ParquetWriter(path, schema).close()
+    assert parquet.read_table(str(path)).num_rows == 0
+    path.write_bytes(footers.sealed(path.read_bytes()))
+    assert parquet.read_table(str(path)).num_rows == 0
+
+
 @pytest.mark.parametrize("columns", [1, 3000])
 def test_a_file_without_the_mark_is_read_as_it_is(columns: int, tmp_path: Path) -> None:
     """As others write it; the larger footer is longer than what is read at first."""
@@ -90,9 +99,10 @@ def test_vectors_with_a_changed_byte_are_refused_by_every_way_in(tmp_path: Path)
         opened.read(opened.partitions[0])
 
 
-def test_a_scan_of_several_parts_names_the_damaged_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", [len(TEXTS) // 3, -40], ids=["page", "footer"])
+def test_a_scan_of_several_parts_names_the_damaged_one(place: int, tmp_path: Path) -> None:
     changed = bytearray(TEXTS)
-    changed[len(changed) // 3] ^= 1
+    changed[place] ^= 1
     paths = [str(tmp_path / f"{n}.parquet") for n in range(3)]
     for path, data in zip(paths, (TEXTS, changed, TEXTS), strict=True):
         Path(path).write_bytes(data)

@@ -104,7 +104,7 @@ def kill_a_worker(driver: int) -> bool:
             name = " ".join(process.cmdline())
         except psutil.Error:
             continue
-        if name.startswith("ray::Map"):
+        if name.startswith(("ray::_decoded", "ray::_Actor.")):
             process.kill()
             return True
     return False

@@ -335,10 +335,10 @@ def test_a_whole_run_on_a_failing_store_gives_the_tables_of_a_disk(failing: S3, 
     chaos.prepare(tmp_path, 12)
     with chaos.web(tmp_path) as port:
         chaos.write_urls(tmp_path, port)
+        uploaded(tmp_path, "bucket/sources")  # so long before it is read that it is in every listing
         here = configured(tmp_path, "here", run=str(tmp_path / "run"))
         done = curate("run", here, "--json")
         assert done.returncode == 0, done.stderr[-3000:]
-        uploaded(tmp_path, "bucket/sources")
         sources = [
             {"as": "pool:web", "urls": "s3://bucket/sources/urls.parquet"},
             {"as": "seed:even", "folder": "s3://bucket/sources/seeds-even"},

@@ -12,10 +12,11 @@ import pytest
 import ray
 
 from curation.errors import UserError
+from pipelines import cluster
 from pipelines import image_pass as passes
 from pipelines.context import Context
 from pipelines.events import Events
-from pipelines.image_pass import actors, image_pass, nearest
+from pipelines.image_pass import image_pass, nearest
 from pipelines.run_directory import Generation, PartRecord, PartWriter, RunDirectory
 
 TASKS = [(f"part-000-{index:06d}", index + 1) for index in range(4)]
@@ -79,7 +80,7 @@ def opened(
 @pytest.fixture
 def one_actor(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every actor is a process to start: two seconds."""
-    monkeypatch.setattr(passes, "actors", lambda *_: 1)
+    monkeypatch.setattr(passes.Workers, "wanted", lambda *_: 1)
 
 
 def run(folder: Path, shared: Mapping[str, Any] | None = None, **arguments: Any) -> Generation:
@@ -96,14 +97,6 @@ def run(folder: Path, shared: Mapping[str, Any] | None = None, **arguments: Any)
         shared={"value": 3, **(shared or {})},
     )
     return generation
-
-
-@pytest.mark.parametrize(
-    ("parts", "num_gpus", "cpus", "gpus", "count"),
-    [(1, 0, 16, 0, 1), (100, 0, 2, 0, 2), (100, 1, 64, 8, 8), (3, 1, 64, 8, 3), (9, 0.5, 4, 1, 2), (5, 1, 4, 0, 1)],
-)
-def test_actors_follow_the_machine(parts: int, num_gpus: float, cpus: int, gpus: float, count: int) -> None:
-    assert actors(parts, num_gpus, cpus, gpus) == count
 
 
 def test_an_actor_takes_what_lies_on_its_machine_before_what_was_decoded_first() -> None:
@@ -174,9 +167,33 @@ def test_what_always_dies_is_named_and_what_was_made_is_kept(
     assert (TASKS[0][0] in again.find([TASKS[0][0]])) == first.startswith("part")
 
 
-def test_any_other_error_of_a_model_stops_the_pass(tmp_path: Path, ray_session: None, one_actor: None) -> None:
-    with pytest.raises(TypeError, match="unknown"):
+def test_a_model_that_cannot_be_made_anywhere_is_told_with_its_reason(
+    tmp_path: Path, ray_session: None, one_actor: None
+) -> None:
+    with pytest.raises(UserError, match=r"a model's worker: .*ActorDiedError: TypeError: .*'unknown'"):
         run(tmp_path, unknown=1)
+
+
+def test_where_machines_have_left_actors_end_that_would_take_what_decoding_needs(
+    tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = tmp_path / "decoded"
+    began.mkdir()
+    context, generation = opened(tmp_path / "run")
+    tasks = [(f"part-000-{index:06d}", str(began / str(index))) for index in range(8)]
+    monkeypatch.setattr(cluster, "LOOK_AGAIN_S", 0.0)
+    monkeypatch.setattr(passes.Workers, "wanted", lambda *_: 2 if len(generation.parts) < 4 else 1)
+    kill, ended = passes._kill, list[int]()
+    monkeypatch.setattr(passes, "_kill", lambda actor: (ended.append(len(generation.parts)), kill(actor)))
+    image_pass(
+        context,
+        generation,
+        tasks,
+        decode=touch,
+        model=Slow,
+        model_arguments={"writer": generation.writer, "folder": str(began), "out": str(tmp_path / "most")},
+    )
+    assert len(generation.parts) == 8 and len(ended) == 2 and 4 <= ended[0] <= 8 and ended[1] == 8
 
 
 def test_what_is_decoded_waits_in_bounded_numbers(tmp_path: Path, ray_session: None, one_actor: None) -> None:

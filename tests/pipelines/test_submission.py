@@ -290,15 +290,16 @@ def test_an_image_pass_asks_for_its_decoding_and_its_models(tmp_path: Path) -> N
 def test_actors_of_an_image_pass_leave_room_for_decoding_and_ask_an_autoscaler_for_gpus(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    Machines(monkeypatch, {"CPU": 1}, {"CPU": 8, "GPU": 4})
+    Machines(monkeypatch, {"CPU": 1}, {"CPU": 8, "GPU": 4, "memory": 100})
     monkeypatch.setattr(cluster, "cpus", lambda: 9)
-    monkeypatch.setattr(cluster, "gpus", lambda: 4.0)
     for grows in (False, True):
         on_cpus = Workers(cluster.Demand(0.5), cluster.Demand(0.5), grows)
         assert on_cpus.wanted(100) == 9 and on_cpus.wanted(3) == 3, "half of each core is left to decode"
         assert on_cpus.decoders() == 9 * (1 + grows)
         on_gpus = Workers(cluster.Demand(1), cluster.Demand(0, 1), grows)
         assert on_gpus.wanted(100) == 4 + grows and on_gpus.wanted(2) == 2
+        much = Workers(cluster.Demand(1, 0, 30), cluster.Demand(0, 1, 30), grows)
+        assert much.wanted(100) == 2 + grows, "of 100 bytes, 30 are left to decode"
 
 
 def test_resources_are_no_part_of_any_fingerprint() -> None:
