@@ -270,4 +270,6 @@ except Exception as error:
 @pytest.mark.timeout(600)
 def test_a_machine_out_of_memory_is_one_sentence_and_not_tried_for_ever() -> None:
     done = subprocess.run([sys.executable, "-c", HOGGED], capture_output=True, text=True, check=False, timeout=500)
-    assert done.stdout.splitlines()[-1].startswith("UserError: part-0: out of memory (Ray ended its worker, the machine")
+    assert done.stdout.splitlines()[-1].startswith(
+        "UserError: part-0: out of memory (Ray ended its worker, the machine"
+    )
