@@ -1,6 +1,5 @@
 """What sites ask of robots is heard: robots.txt, X-Robots-Tag, and how often one host is asked."""
 
-import itertools
 import subprocess
 import sys
 import threading
@@ -133,10 +132,11 @@ def test_requests_are_spaced(tmp_path: Path) -> None:
         with gate.slot("one.example"):
             began.append(time.monotonic())
 
+    start = time.monotonic()
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(work, range(6)))
-    began.sort()
-    assert all(b - a > 0.045 for a, b in itertools.pairwise(began))
+    # A thread may be late to note its time, never early: what is asked by then is bounded, gaps between notes are not.
+    assert all(at - start > 0.0499 * place for place, at in enumerate(sorted(began)))
 
 
 def test_slots_hold_over_processes_and_end_with_them(tmp_path: Path) -> None:
