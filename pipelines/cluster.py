@@ -48,6 +48,13 @@ class Demand:
         named = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": self.memory_bytes or 0, **self.custom}
         return {name: amount for name, amount in named.items() if amount}
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """As Ray's options."""
+        asked = {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus, "memory": self.memory_bytes}
+        found: dict[str, Any] = {name: amount for name, amount in asked.items() if amount or name == "num_cpus"}
+        return found | ({"resources": dict(self.custom)} if self.custom else {})
+
 
 def start(address: str | None, workers: int | None) -> None:
     """Join the cluster at `address`, or start Ray in this process; nothing if it runs already."""
@@ -270,14 +277,10 @@ def spread(
     import ray
 
     demand = Demand(num_cpus, num_gpus, memory_bytes, custom or {})
-    options: dict[str, Any] = {"num_cpus": num_cpus, "max_retries": 3}
-    if memory_bytes:
-        options["memory"] = memory_bytes
-    if custom:
-        options["resources"] = dict(custom)
+    options = demand.options | {"max_retries": 3}
     if num_gpus:
         # Ray would end a worker after each task that has a share of a GPU; many take less than importing torch.
-        options |= {"num_gpus": num_gpus, "max_calls": 0}
+        options |= {"max_calls": 0}
     remote = ray.remote(**options)(_on_gpu(function) if num_gpus else function)
     common = ray.put(shared)
     pending: dict[Any, tuple[str, tuple[Any, ...]]] = {}

@@ -145,8 +145,8 @@ class _Pass:
         self._workers = workers
         self._left = len(tasks)
         self._tasks = deque(tasks)
-        self._decode = ray.remote(max_retries=RETRIES, **_asked(workers.decode))(_decoded)
-        self._actor = ray.remote(max_restarts=0, max_task_retries=0, **_asked(workers.actor))(_Actor)
+        self._decode = ray.remote(max_retries=RETRIES, **workers.decode.options)(_decoded)
+        self._actor = ray.remote(max_restarts=0, max_task_retries=0, **workers.actor.options)(_Actor)
         self._what = (decode, [ray.put(shared)])  # in a list, or Ray would read it again for each task
         self._model = ray.put((model, dict(model_arguments)))
         self._decoding: dict[Any, tuple[str, Any]] = {}
@@ -283,12 +283,6 @@ def _where(reference: Any) -> Collection[str]:
     from ray.experimental import get_local_object_locations
 
     return frozenset(get_local_object_locations([reference]).get(reference, {}).get("node_ids", ()))
-
-
-def _asked(demand: Demand) -> dict[str, Any]:
-    """A demand as Ray takes it."""
-    asked = {"num_cpus": demand.num_cpus, "num_gpus": demand.num_gpus or None, "memory": demand.memory_bytes}
-    return {k: v for k, v in asked.items() if v is not None} | ({"resources": demand.custom} if demand.custom else {})
 
 
 def _decoded(task: Any, decode: Callable[[Any, Any], Decoded], shared: list[Any]) -> Decoded:
