@@ -177,41 +177,34 @@ def test_a_model_that_cannot_be_made_anywhere_is_told_with_its_reason(
 def test_where_machines_have_left_actors_end_that_would_take_what_decoding_needs(
     tmp_path: Path, ray_session: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    began = tmp_path / "decoded"
-    began.mkdir()
     context, generation = opened(tmp_path / "run")
-    tasks = [(f"part-000-{index:06d}", str(began / str(index))) for index in range(8)]
     monkeypatch.setattr(cluster, "LOOK_AGAIN_S", 0.0)
     monkeypatch.setattr(passes.Workers, "wanted", lambda *_: 2 if len(generation.parts) < 4 else 1)
     kill, ended = passes._kill, list[int]()
     monkeypatch.setattr(passes, "_kill", lambda actor: (ended.append(len(generation.parts)), kill(actor)))
-    image_pass(
-        context,
-        generation,
-        tasks,
-        decode=touch,
-        model=Slow,
-        model_arguments={"writer": generation.writer, "folder": str(began), "out": str(tmp_path / "most")},
-    )
+    slowly(tmp_path, 8, context, generation)
     assert len(generation.parts) == 8 and len(ended) == 2 and 4 <= ended[0] <= 8 and ended[1] == 8
 
 
 def test_what_is_decoded_waits_in_bounded_numbers(tmp_path: Path, ray_session: None, one_actor: None) -> None:
     """No part is decoded while two are with the only actor and as many more as decode at once wait."""
+    slowly(tmp_path, 12, *opened(tmp_path / "run"))
+    most = [int(line) for line in (tmp_path / "most").read_text().split()]
+    assert len(most) == 12 and max(most) <= 2 + 2 * passes.QUEUED_PER_ACTOR
+
+
+def slowly(tmp_path: Path, parts: int, context: Context, generation: Generation) -> None:
+    """So many parts through `touch` and Slow."""
     began = tmp_path / "decoded"
     began.mkdir()
-    context, generation = opened(tmp_path / "run")
-    tasks = [(f"part-000-{index:06d}", str(began / str(index))) for index in range(12)]
     image_pass(
         context,
         generation,
-        tasks,
+        [(f"part-000-{index:06d}", str(began / str(index))) for index in range(parts)],
         decode=touch,
         model=Slow,
         model_arguments={"writer": generation.writer, "folder": str(began), "out": str(tmp_path / "most")},
     )
-    most = [int(line) for line in (tmp_path / "most").read_text().split()]
-    assert len(most) == 12 and max(most) <= 2 + 2 * passes.QUEUED_PER_ACTOR
 
 
 def touch(task: str, _: Any) -> dict[str, Any]:
